@@ -1,0 +1,405 @@
+"""
+ARVideo: autoregressive video pretraining (Ren et al. 2024, arXiv 2405.15160), sections 3.3 and 4.1.
+
+A video is cut into cubes of pixels; each cube is a token (3.3.1). Neighbouring tokens form clusters, the
+elements of the autoregression. The clusters are put into an order, by default a random one (3.3.2). An
+encoder sees a fifth of the tokens of every cluster, each token its own cluster and those before it; a
+decoder predicts the pixels of every cluster from the encoder's view of the clusters before it, for all
+places of the order in one pass (3.3.3). The loss is the mean squared error of the pixels (4.1).
+
+    model = ARVideo()                                       # ViT-B, 16 x 224 x 224
+    loss = model(video, *model.draw(len(video)))            # video [B, 3, 16, 224, 224]
+
+Symbols in the shapes, with their sizes in the paper:
+    B   videos in the batch             N   tokens of a video: 8 x 14 x 14         1568
+    P   pixels of a cube, one colour    512 M   clusters of a video: 4 x 2 x 2      16
+    D   width of the encoder            768 K   tokens of a cluster: 2 x 7 x 7      98
+    d   width of the decoder            512 V   visible tokens of a cluster         20
+    S   visible tokens that enter the encoder, (M - 1) V                            300
+    Q   tokens to predict, the decoder's queries, (M - 1) K                         1470
+
+Run by `python train_pretrain.py`; this file needs torch and nothing else.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+ORDERS = ("random", "spatial-first", "temporal-first")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cubes and clusters (section 3.3.1)
+
+
+def blocks_per_axis(whole, block, what):
+    """How many blocks of size `block` (t, h, w) fill `whole` (t, h, w). ValueError if they do not fit."""
+    for axis, total, size in zip(("frames", "height", "width"), whole, block):
+        if size < 1 or total % size:
+            raise ValueError(f"{what} {list(block)} does not divide {list(whole)} along the {axis}: "
+                             f"{total} is not a multiple of {size}")
+    return tuple(total // size for total, size in zip(whole, block))
+
+
+def video_to_cubes(video, cube):
+    """Cut a video [B, C, T, H, W] into cubes [B, N, C, P], in raster order (time, height, width)."""
+    B, C = video.shape[:2]
+    (t, h, w), (pt, ph, pw) = blocks_per_axis(video.shape[2:], cube, "cube"), cube
+    x = video.reshape(B, C, t, pt, h, ph, w, pw)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, t * h * w, C, pt * ph * pw)
+
+
+def cubes_to_video(cubes, grid, cube):
+    """Inverse of video_to_cubes: [B, N, C, P], N filling `grid` (t, h, w), to [B, C, T, H, W]."""
+    B, C = cubes.shape[0], cubes.shape[2]
+    (t, h, w), (pt, ph, pw) = grid, cube
+    x = cubes.reshape(B, t, h, w, C, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.reshape(B, C, t * pt, h * ph, w * pw)
+
+
+def cluster_tokens(grid, cluster):
+    """[M, K]: row c holds the token indices (0 .. N-1) of cluster c, clusters in raster order."""
+    blocks_per_axis(grid, cluster, "cluster")
+    tokens = torch.arange(math.prod(grid)).reshape(1, 1, *grid)
+    return video_to_cubes(tokens, cluster)[0, :, 0]     # a cluster is to tokens what a cube is to pixels
+
+
+def take(x, index):
+    """x [B, n, ...], index [B, m] -> [B, m, ...]: for every sample its own rows of x."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Prediction orders (3.3.2) and visible tokens (4.1)
+
+
+def prediction_orders(kind, blocks, batch, generator=None, device=None):
+    """[B, M]: the cluster at every place of the prediction order. `blocks` counts clusters (t, h, w).
+
+    spatial-first: all clusters of a time slice, then the next slice. temporal-first: all time slices of
+    a position, then the next position. random: a permutation of its own for every sample.
+    """
+    if kind == "random":
+        return torch.rand(batch, math.prod(blocks), generator=generator, device=device).argsort(dim=1)
+    raster = torch.arange(math.prod(blocks), device=device).reshape(blocks)
+    if kind == "temporal-first":
+        raster = raster.permute(1, 2, 0)
+    return raster.flatten().expand(batch, -1)
+
+
+def visible_count(tokens, mask_ratio):
+    """How many of a cluster's tokens stay visible: rounded half up, and never fewer than one."""
+    return max(1, math.floor((1 - mask_ratio) * tokens + 0.5))
+
+
+def visible_tokens(clusters, count, batch, generator=None):
+    """[B, M, V]: the token indices that stay visible, `count` drawn for every sample and cluster."""
+    noise = torch.rand(batch, *clusters.shape, generator=generator, device=clusters.device)
+    chosen = noise.argsort(dim=2)[..., :count]                                      # [B, M, V], 0 .. K-1
+    return clusters.expand(batch, -1, -1).gather(2, chosen)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Layers (VideoMAE's ViT)
+
+
+def sine_cosine(positions, width):
+    """[n] positions -> [n, width]: sine at even channels, cosine at odd, wavelengths 2 pi to 10000 x 2 pi."""
+    channel = torch.arange(width, dtype=torch.float64)
+    angle = positions[:, None].double() / 10000 ** (2 * (channel // 2) / width)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def position_table(grid, width, kind):
+    """Fixed positions [N, width]. "1d" (VideoMAE's) counts tokens in raster order; "3d" gives time,
+    height and width a third of the channels each (what is left over stays zero)."""
+    N = math.prod(grid)
+    if kind == "1d":
+        return sine_cosine(torch.arange(N), width)
+    axes = torch.cartesian_prod(*(torch.arange(size) for size in grid)).reshape(N, 3)
+    third = width // 6 * 2                              # even: every sine has its cosine
+    table = torch.cat([sine_cosine(axis, third) for axis in axes.T], dim=1)
+    return F.pad(table, (0, width - 3 * third))
+
+
+def attend(q, k, v, heads, mask=None):
+    """Multi-head attention of q [B, n, D] over k, v [B, m, D]; mask [n, m], True = may attend."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # [B, heads, n or m, D/heads]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class CubeEmbedding(nn.Module):
+    """One linear projection of a cube's pixels (3.3.1). The weight has the shape and name of VideoMAE's
+    Conv3d, but is applied as a matrix product, so that cubes that nobody sees cost nothing."""
+
+    def __init__(self, cube, width):
+        super().__init__()
+        self.proj = nn.Conv3d(3, width, kernel_size=cube, stride=cube)
+
+    def forward(self, cubes):
+        """[B, n, 3, P] -> [B, n, D]"""
+        return F.linear(cubes.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class SelfAttention(nn.Module):
+    """VideoMAE's attention: biases on q and v only, since a bias on k cancels in the softmax."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, mask=None):
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=2)
+        return self.proj(attend(q, k, v, self.heads, mask))
+
+
+class CrossAttention(nn.Module):
+    """Queries from the decoder, keys and values from the encoder's output; biases as in SelfAttention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, memory, mask):
+        return self.proj(attend(self.q(x), self.k(memory), self.v(memory), self.heads, mask))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, ratio):
+        super().__init__()
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.fc2 = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def layer_norm(width):
+    return nn.LayerNorm(width, eps=1e-6)
+
+
+def initialise(module):
+    """VideoMAE's initialisation: xavier-uniform linear layers without bias, Conv3d as torch has it."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Encoder and decoder (3.3.3)
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, width, heads, mlp_ratio):
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, mlp_ratio)
+        self.drop_path = nn.Identity()                  # fine-tuning puts its stochastic depth here
+
+    def forward(self, x, mask=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Encoder(nn.Module):
+    """A plain ViT over cubes, with VideoMAE's parameter names."""
+
+    def __init__(self, grid, cube, width, depth, heads, mlp_ratio, positions, checkpointing):
+        super().__init__()
+        self.grid, self.cube, self.width, self.checkpointing = grid, cube, width, checkpointing
+        self.register_buffer("positions", position_table(grid, width, positions), persistent=False)
+        self.patch_embed = CubeEmbedding(cube, width)
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = layer_norm(width)
+        self.apply(initialise)
+
+    def forward(self, cubes, index=None, mask=None):
+        """cubes [B, n, 3, P] -> features [B, n, D].
+
+        index [B, n] names each cube's token (0 .. N-1); without it all N are there, in raster order.
+        mask [n, n], True = may attend; without it attention is full, as transfer wants it.
+        """
+        x = self.patch_embed(cubes) + (self.positions if index is None else self.positions[index])
+        for block in self.blocks:
+            x = run_block(block, x, mask, checkpointing=self.checkpointing)
+        return self.norm(x)
+
+    def features(self, video):
+        """All tokens of a whole video, for transfer: [B, 3, T, H, W] -> [B, N, D]."""
+        return self(video_to_cubes(video, self.cube))
+
+
+class DecoderBlock(nn.Module):
+    """Cross-attention and MLP; self-attention among the queries of one cluster only on request (Table 9)."""
+
+    def __init__(self, width, heads, mlp_ratio, self_attention):
+        super().__init__()
+        if self_attention:
+            self.norm0 = layer_norm(width)
+            self.self_attn = SelfAttention(width, heads)
+        self.norm1 = layer_norm(width)
+        self.cross_attn = CrossAttention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, mlp_ratio)
+
+    def forward(self, x, memory, mask, cluster_size):
+        if hasattr(self, "self_attn"):
+            clusters = self.norm0(x).reshape(-1, cluster_size, x.shape[2])          # [B (M-1), K, d]
+            x = x + self.self_attn(clusters).reshape(x.shape)
+        x = x + self.cross_attn(self.norm1(x), memory, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class Decoder(nn.Module):
+    """From the encoder's output to the pixels of the tokens that the queries name."""
+
+    def __init__(self, grid, width, depth, heads, mlp_ratio, positions, self_attention, outputs, checkpointing):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.register_buffer("positions", position_table(grid, width, positions), persistent=False)
+        self.query = nn.Parameter(torch.empty(width).normal_(std=0.02))
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, self_attention) for _ in range(depth))
+        self.norm = layer_norm(width)
+        self.head = nn.Linear(width, outputs)
+        self.apply(initialise)
+
+    def forward(self, memory, index, mask, cluster_size):
+        """memory [B, S, d], index [B, Q] of the tokens to predict, mask [Q, S] -> [B, Q, 3 P]."""
+        x = self.query + self.positions[index]
+        for block in self.blocks:
+            x = run_block(block, x, memory, mask, cluster_size, checkpointing=self.checkpointing)
+        return self.head(self.norm(x))
+
+
+def run_block(block, *inputs, checkpointing):
+    """block(*inputs); with checkpointing its activations are computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+# ---------------------------------------------------------------------------------------------------
+# ARVideo (3.3.3, 4.1)
+
+
+class ARVideo(nn.Module):
+    """The pretraining model: encoder, decoder and loss. The arguments are config.yaml's section `model`,
+    explained there; every ablation of the paper (Tables 1, 6-10) changes one of them.
+
+    Raises ValueError where sizes do not fit, an order is unknown or a ratio is out of range.
+    """
+
+    def __init__(self, frames=16, size=224, cube=(2, 16, 16), cluster=(2, 7, 7), order="random", mask_ratio=0.8,
+                 predict_after=1, width=768, depth=12, heads=12, mlp_ratio=4.0, decoder_width=512, decoder_depth=4,
+                 decoder_heads=8, decoder_self_attention=False, normalise_target=True, positions="1d",
+                 checkpointing=False):
+        super().__init__()
+        if order not in ORDERS:
+            raise ValueError(f"order '{order}' is unknown: choose one of {', '.join(ORDERS)}")
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio {mask_ratio} is out of range: it is the share of hidden tokens, 0 <= ratio < 1")
+        if positions not in ("1d", "3d"):
+            raise ValueError(f"positions '{positions}' is unknown: choose 1d or 3d")
+        for name, w, h in (("heads", width, heads), ("decoder_heads", decoder_width, decoder_heads)):
+            if h < 1 or w < 1 or w % h:
+                raise ValueError(f"{name} {h} does not divide the width {w}")
+        cube = tuple(cube)
+        self.cube, self.order = cube, order
+        self.grid = blocks_per_axis((frames, size, size), cube, "cube")
+        self.blocks = blocks_per_axis(self.grid, cluster, "cluster")
+        M, K = math.prod(self.blocks), math.prod(cluster)
+        if not 1 <= predict_after < M:
+            raise ValueError(f"predict_after {predict_after} is out of range: of {M} clusters, 1 to {M - 1} can be seen first")
+        if normalise_target and math.prod(cube) == 1:
+            raise ValueError("normalise_target needs cubes of more than one pixel: one has no standard deviation")
+        self.predict_after, self.cluster_size, self.normalise_target = predict_after, K, normalise_target
+        self.visible_count = visible_count(K, mask_ratio)
+
+        self.encoder = Encoder(self.grid, cube, width, depth, heads, mlp_ratio, positions, checkpointing)
+        self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
+        self.decoder = Decoder(self.grid, decoder_width, decoder_depth, decoder_heads, mlp_ratio, positions,
+                               decoder_self_attention, 3 * math.prod(cube), checkpointing)
+        self.encoder_to_decoder.apply(initialise)
+
+        # Tokens are lined up by place in the order, so one mask serves every sample, whatever its order.
+        self.register_buffer("clusters", cluster_tokens(self.grid, cluster), persistent=False)
+        seen_place = torch.arange(M - 1).repeat_interleave(self.visible_count)              # [S]
+        target_place = torch.arange(predict_after, M).repeat_interleave(K)                  # [Q]
+        self.register_buffer("encoder_mask", seen_place[:, None] >= seen_place, persistent=False)
+        self.register_buffer("decoder_mask", target_place[:, None] > seen_place, persistent=False)
+
+    def draw(self, batch, generator=None):
+        """A prediction order [B, M] and visible tokens [B, M, V] (one row for every cluster) for each sample."""
+        order = prediction_orders(self.order, self.blocks, batch, generator, self.clusters.device)
+        return order, visible_tokens(self.clusters, self.visible_count, batch, generator)
+
+    def line_up(self, order, visible):
+        """Token indices by place in the order: what the encoder sees [B, S], what is predicted [B, Q]."""
+        seen = take(visible, order[:, :-1])             # the last cluster never enters: nothing comes after it
+        target = self.clusters[order[:, self.predict_after:]]
+        return seen.flatten(1), target.flatten(1)
+
+    def predict(self, cubes, seen, target):
+        """Predictions [B, Q, 3, P] of the cubes `target` from the cubes `seen`, all places at once."""
+        memory = self.encoder(take(cubes, seen), seen, self.encoder_mask)                   # [B, S, D]
+        memory = self.encoder_to_decoder(memory)                                            # [B, S, d]
+        prediction = self.decoder(memory, target, self.decoder_mask, self.cluster_size)     # [B, Q, 3 P]
+        return prediction.unflatten(2, (3, -1))                                             # [B, Q, 3, P]
+
+    def statistics(self, cubes):
+        """Mean and deviation [..., 1] that normalise the target: a cube's own, for each colour."""
+        if not self.normalise_target:
+            return 0.0, 1.0
+        deviation, mean = torch.std_mean(cubes, dim=-1, keepdim=True)
+        return mean, deviation + 1e-6                   # a flat cube must not divide by zero
+
+    def forward(self, video, order, visible):
+        """The loss, a scalar. video [B, 3, T, H, W], normalised; order and visible as draw() gives them."""
+        cubes = video_to_cubes(video, self.cube)                                            # [B, N, 3, P]
+        seen, target = self.line_up(order, visible)                                         # [B, S], [B, Q]
+        prediction = self.predict(cubes, seen, target)                                      # [B, Q, 3, P]
+        truth = take(cubes, target)                                                         # [B, Q, 3, P]
+        mean, deviation = self.statistics(truth)                                            # [B, Q, 3, 1]
+        return F.mse_loss(prediction.float(), (truth - mean) / deviation)
+
+    @torch.no_grad()
+    def reconstruct(self, video, order, visible):
+        """What the encoder sees and what is predicted, as two videos [B, 3, T, H, W], elsewhere zero.
+
+        A cube's mean and deviation come from the true video: only what varies inside it is predicted.
+        """
+        cubes = video_to_cubes(video, self.cube)
+        seen, target = self.line_up(order, visible)
+        mean, deviation = self.statistics(take(cubes, target))
+        prediction = self.predict(cubes, seen, target).float() * deviation + mean
+        rows = torch.arange(len(cubes), device=cubes.device)[:, None]
+        pictures = torch.zeros_like(cubes), torch.zeros_like(cubes)
+        pictures[0][rows, seen] = take(cubes, seen)
+        pictures[1][rows, target] = prediction
+        return [cubes_to_video(picture, self.grid, self.cube) for picture in pictures]
+
+
+def pretrained_encoder(checkpoint):
+    """The encoder alone, for transfer (3.3.3), from a checkpoint that train_pretrain.py wrote.
+
+    Without a mask every token attends to every other: encoder.features(video [B, 3, T, H, W]) -> [B, N, D].
+    Raises RuntimeError, naming the tensors, if the checkpoint and the model that it describes differ.
+    """
+    model = ARVideo(**checkpoint["config"]["model"])
+    model.load_state_dict(checkpoint["model"])
+    return model.encoder.eval()

@@ -1,0 +1,593 @@
+"""
+Data: from video files on disk to batches of clips. Annotations, decoding, sampling, augmentation, the toy set.
+
+Clips travel as uint8 and become normalised floats on the device. Everything random about a sample depends
+on (seed, epoch, sample) alone: not on workers, processes or restarts.
+
+    python data.py check PRESET [section.key=value ...]     try every file of a preset's lists, name the unreadable
+    python data.py shrink SRC DST                           re-encode a folder of videos so that it decodes fast
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import av
+import torch
+import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms.v2.functional import resized_crop
+from tqdm import tqdm
+
+VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Annotations, read as downloaded
+
+
+def read_annotations(source, root="", classes=None, quiet=False):
+    """Videos of a data set: ([(path, label or None), ...], class names or None).
+
+    `source` is a folder of classes, Kinetics' CSV, Something-Something's JSON (with labels.json beside it)
+    or a list of lines `path` or `path label`; which one it is, its content tells. Videos lie under `root`
+    or, for a list, under the list's own folder. `classes`, the names of the training set, fixes the class
+    numbers; without it Kinetics' labels are numbered in alphabetical order. Files that do not exist are
+    counted and named on stderr, unless `quiet`. Raises ValueError naming the file, the line and what is wrong with it.
+    """
+    source = Path(source).expanduser()
+    root = Path(root).expanduser() if root else source if source.is_dir() else source.parent
+    if source.is_dir():
+        return read_class_folders(source, classes)
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{source}: there is no such annotation file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{source}: this is not a text file; expected a CSV, a JSON or a list of videos") from None
+    if not text.strip():
+        raise ValueError(f"{source}: the annotation file is empty")
+    if not root.is_dir():
+        raise ValueError(f"{root}: there is no such folder of videos (data.root)")
+    first = text.lstrip().splitlines()[0]
+    if first.startswith("[") and not first.rstrip().endswith(tuple(VIDEO_SUFFIXES)):
+        entries, classes = read_ssv2(source, text, classes)
+    elif "youtube_id" in first:
+        entries, classes = read_kinetics(source, text, classes)
+    else:
+        return read_list(source, text, root, classes, quiet)
+    files = {Path(name).stem: Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+             for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES}
+    return existing(source, root, [(files.get(stem), stem, label) for stem, label in entries], quiet), classes
+
+
+def existing(source, root, entries, quiet):
+    """The (path, label) of the (path or None, name, label) whose file is there; the others are reported."""
+    missing = [name for path, name, _ in entries if path is None]
+    if len(missing) == len(entries):
+        raise ValueError(f"{source}: none of its {len(entries)} videos is under {root} (first: {missing[0]}); set data.root")
+    if missing and not quiet:
+        print(f"{source}: {len(missing)} of {len(entries)} videos are not under {root}: "
+              f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}", file=sys.stderr)
+    return [(str(path), label) for path, _, label in entries if path is not None]
+
+
+def read_class_folders(source, classes):
+    """One folder a class, numbered in alphabetical order."""
+    classes = classes or sorted(path.name for path in source.iterdir() if path.is_dir())
+    entries = [(str(path), label) for label, name in enumerate(classes) for path in sorted((source / name).rglob("*"))
+               if path.suffix.lower() in VIDEO_SUFFIXES]
+    if not entries:
+        raise ValueError(f"{source}: no videos in folders of classes here")
+    return entries, classes
+
+
+def read_kinetics(source, text, classes):
+    """label,youtube_id,time_start,time_end,split -> ([(file stem, label), ...], class names)"""
+    rows = csv.DictReader(text.splitlines())
+    absent = {"label", "youtube_id", "time_start", "time_end"} - set(rows.fieldnames)
+    if absent:
+        raise ValueError(f"{source}: the column {', '.join(sorted(absent))} is missing; the header has {', '.join(rows.fieldnames)}")
+    entries = []
+    for row in rows:
+        try:
+            stem = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
+        except (TypeError, ValueError):
+            raise ValueError(f"{source}:{rows.line_num}: the times are not numbers: {dict(row)}") from None
+        entries.append((stem, row["label"]))
+    classes = classes or sorted({label for _, label in entries})
+    return number(source, entries, classes), classes
+
+
+def read_ssv2(source, text, classes):
+    """[{"id", "template", ...}, ...] with labels.json beside it -> ([(file stem, label), ...], class names)"""
+    try:
+        items = json.loads(text)
+        entries = [(str(item["id"]), item["template"].replace("[", "").replace("]", "")) for item in items]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: expected a JSON list of objects with `id` and `template` ({error!r})") from None
+    if classes is None:
+        names = sorted(source.parent.glob("*labels.json"))
+        if not names:
+            raise ValueError(f"{source}: Something-Something's labels.json is not beside it")
+        numbers = json.loads(names[0].read_text(encoding="utf-8"))
+        classes = sorted(numbers, key=lambda name: int(numbers[name]))
+    return number(source, entries, classes), classes
+
+
+def number(source, entries, classes):
+    """Class names to class numbers."""
+    numbers = {name: i for i, name in enumerate(classes)}
+    unknown = sorted({label for _, label in entries} - set(numbers))
+    if unknown:
+        raise ValueError(f"{source}: the class '{unknown[0]}' is not among the {len(classes)} known ones")
+    return [(stem, numbers[label]) for stem, label in entries]
+
+
+def read_list(source, text, root, classes, quiet):
+    """Lines `path label` or, for pretraining, `path`; paths may hold spaces. classes.txt beside it names the classes."""
+    entries = []
+    for line_number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if not (name and label.isdecimal()):
+            name, label = line.strip(), None
+        if entries and (label is None) != (entries[0][2] is None):
+            raise ValueError(f"{source}:{line_number}: expected `path{' label' if label is None else ''}`, "
+                             f"as in the lines before, found: {line.strip()[:200]}")
+        places = (folder / variant for folder in (root, source.parent)
+                  for variant in (Path(name), Path(name).with_suffix(".mp4")))      # what shrink writes is .mp4
+        entries.append((next((path for path in places if path.is_file()), None), name, label and int(label)))
+    names = source.with_name("classes.txt")
+    if classes is None and names.is_file():
+        classes = names.read_text(encoding="utf-8").split("\n")
+        classes = [name.strip() for name in classes if name.strip()]
+    return existing(source, root, entries, quiet), classes
+
+
+# ---------------------------------------------------------------------------------------------------
+# Decoding
+
+
+class UnreadableVideo(Exception):
+    """A video that cannot be decoded; the message names the file and the reason."""
+
+
+REFORMATTER = VideoReformatter()        # one a process: it keeps its scaler, a frame's own would not
+
+
+@contextlib.contextmanager
+def open_video(path):
+    """(container, video stream) of a file. Whatever goes wrong inside becomes UnreadableVideo."""
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                raise ValueError("it holds no video stream")
+            for other in container.streams:
+                other.discard = av.stream.Discard.default if other is stream else av.stream.Discard.all
+            stream.codec_context.thread_count = 1       # frame threads hang on broken files; workers are the parallelism
+            yield container, stream
+    except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
+        raise UnreadableVideo(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_clips(path, choose):
+    """Decode clips of one video: choose(number of frames) -> [[frame number, ...], ...].
+
+    Returns one uint8 tensor [T, H, W, 3] (RGB, upright) for every inner list. Numbers beyond the last frame
+    repeat it. Raises UnreadableVideo naming the file. Only what the wanted frames need is decoded, and only
+    they are converted to RGB.
+    """
+    with open_video(path) as (container, stream):
+        packets = read_packets(container, stream)
+        if timestamps_are_an_index(container, stream, packets):
+            shown = sorted(packet.pts for packet in packets if not packet.is_discard)       # edit lists discard
+            clips = [[shown[min(i, len(shown) - 1)] for i in clip] for clip in choose(len(shown))]
+            frames = decode_indexed(stream.codec_context, packets, {pts for clip in clips for pts in clip})
+        else:
+            clips, frames = decode_counted(stream.codec_context, packets, choose)
+        return assemble(clips, frames)
+
+
+def read_packets(container, stream):
+    """All packets of the stream. Reading them is cheap, and they are an index that no header falsifies."""
+    packets = []
+    try:
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_corrupt:
+                packets.append(packet)
+    except av.error.FFmpegError:
+        if not packets:                                 # what was read before a file breaks off is good
+            raise
+    if not any(not packet.is_discard for packet in packets):
+        raise ValueError("it holds no video frames")
+    return packets
+
+
+def timestamps_are_an_index(container, stream, packets):
+    """Whether the packets' timestamps tell the order of display; in avi, raw streams and some mkv they lie."""
+    trusted = {"mov", "mpegts"} & set(container.format.name.split(",")) or stream.codec_context.name in ("vp8", "vp9")
+    times = [packet.pts for packet in packets]
+    return bool(trusted) and None not in times and len(set(times)) == len(times)
+
+
+def decode_indexed(codec, packets, wanted):
+    """{pts: frame} for the wanted timestamps, from the key frame before each of them."""
+    place = {packet.pts: i for i, packet in enumerate(packets)}
+    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+    runs = []                                           # [first, last] packet, in decoding order, without overlap
+    for start, end in sorted((max((key for key in keys if key <= place[pts] and packets[key].pts <= pts), default=0),
+                              place[pts]) for pts in wanted):    # by the key's pts: open groups of pictures
+        if runs and start <= runs[-1][1] + 1:
+            runs[-1][1] = max(runs[-1][1], end)
+        else:
+            runs.append([start, end])
+    frames = {}
+    for start, end in runs:
+        for packet in [*packets[start:end + 1], None]:  # None drains the decoder
+            if codec.name == "h264" and packet is not None:     # bit-exact: skips only what nothing refers to
+                codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            frames.update((frame.pts, to_rgb(frame)) for frame in codec.decode(packet) if frame.pts in wanted)
+        codec.flush_buffers()
+    if len(frames) < len(wanted):
+        raise ValueError(f"{len(wanted) - len(frames)} of {len(wanted)} frames do not decode")
+    return frames
+
+
+def decode_counted(codec, packets, choose):
+    """Clips, and {number: frame} for their frames, by decoding from the start and counting what comes out."""
+    count = len(packets)
+    while True:
+        clips = [[min(i, count - 1) for i in clip] for clip in choose(count)]
+        wanted, frames, number = {i for clip in clips for i in clip}, {}, 0
+        for packet in [*packets, None]:
+            for frame in codec.decode(packet):
+                if number in wanted:
+                    frames[number] = to_rgb(frame)
+                number += 1
+            if len(frames) == len(wanted):
+                return clips, frames
+        if number == 0:
+            raise ValueError("none of its frames decodes")
+        count = number                                  # fewer frames than packets: choose again among them
+        codec.flush_buffers()
+
+
+def refuse_damaged(frame):
+    if frame.is_corrupt:
+        raise ValueError(f"the frame at {frame.time} s is damaged")
+
+
+def to_rgb(frame):
+    refuse_damaged(frame)
+    return REFORMATTER.reformat(frame, format="rgb24", threads=1)       # default: a thread pool for every frame
+
+
+def assemble(clips, frames):
+    """[T, H, W, 3] for every clip, turned upright; frames of another size take that of the first."""
+    first = frames[min(frames)]
+    views = {}
+    for key, frame in frames.items():
+        if (frame.width, frame.height) != (first.width, first.height):
+            frame = REFORMATTER.reformat(frame, width=first.width, height=first.height, threads=1)
+        plane = frame.planes[0]
+        views[key] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(
+            (frame.height, frame.width, 3), (plane.line_size, 3, 1))
+    turns = round(first.rotation / 90)                  # the display matrix of the file, counter-clockwise
+    return [torch.rot90(torch.stack([views[key] for key in clip]), turns, (1, 2)) for clip in clips]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sampling and augmentation
+
+
+def dense_clips(count, frames, stride, clips=1):
+    """`clips` windows of `frames` frames, `stride` apart, at random starts of a video of `count` frames."""
+    last_start = max(count - ((frames - 1) * stride + 1), 0)
+    starts = torch.randint(last_start + 1, (clips,)).tolist()
+    return [[start + i * stride for i in range(frames)] for start in starts]
+
+
+def multi_scale_crop(clip, size):
+    """VideoMAE's crop of a clip [T, 3, H, W]: two scales at most one step apart, one of 13 positions, bilinear."""
+    scales = (1, 0.875, 0.75, 0.66)
+    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
+    places = [(x, y) for x in (0, 2, 4) for y in (0, 2, 4)] + [(1, 1), (3, 1), (1, 3), (3, 3)]     # quarters of the margin
+    scale_h, scale_w = pairs[torch.randint(len(pairs), ()).item()]
+    x, y = places[torch.randint(len(places), ()).item()]
+    H, W = clip.shape[-2:]
+    height, width = (max(1, int(min(H, W) * scale)) for scale in (scale_h, scale_w))
+    return resized_crop(clip, (H - height) // 4 * y, (W - width) // 4 * x, height, width, [size, size], antialias=True)
+
+
+def pretraining_clip(clip, size, flip):
+    """[T, 3, H, W] -> [T, 3, size, size]. A flip would turn SSv2's left into right: its preset has none."""
+    clip = multi_scale_crop(clip, size)
+    return clip.flip(-1) if flip and torch.rand(()) < 0.5 else clip
+
+
+def normalise(clips, device):
+    """uint8 [B, 3, T, H, W] -> float on the device, with ImageNet's mean and deviation."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (clips.to(device, non_blocking=True).float() / 255 - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------
+# Samples and batches
+
+
+class Videos(Dataset):
+    """Clips of listed videos. Item (epoch, i) -> (clips uint8 [R, 3, T, S, S], label, unreadable videos).
+
+    choose(number of frames) -> R lists of frame numbers; augment(clip [T, 3, H, W]) -> [T, 3, S, S]. Both draw
+    from torch's generator, which is seeded by (seed, epoch, i). In place of an unreadable video another one
+    is drawn, at most `DRAWS` times; then UnreadableVideo is raised.
+    """
+
+    DRAWS = 10
+
+    def __init__(self, entries, choose, augment, seed):
+        self.entries, self.choose, self.augment, self.seed = entries, choose, augment, seed
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        failures = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2**63)
+            for _ in range(self.DRAWS):
+                path, label = self.entries[i]
+                try:
+                    clips = read_clips(path, self.choose)       # R x [T, H, W, 3]
+                except UnreadableVideo as error:
+                    failures.append(str(error))
+                    i = torch.randint(len(self.entries), ()).item()
+                    continue
+                # Cropped as a permuted view: torchvision is three times faster on channels that lie together.
+                clips = torch.stack([self.augment(clip.permute(0, 3, 1, 2)).transpose(0, 1) for clip in clips])
+                return clips, -1 if label is None else label, failures
+        raise UnreadableVideo(f"{self.DRAWS} videos in a row are unreadable; the last: {failures[-1]}")
+
+
+def collate(items):
+    """Samples -> (clips [B R, 3, T, S, S], labels [B R], reasons of unreadable videos)."""
+    clips, labels, failures = zip(*items)
+    repeats = len(clips[0])
+    return torch.cat(clips), torch.tensor(labels).repeat_interleave(repeats), sum(failures, [])
+
+
+class TrainingOrder(Sampler):
+    """(epoch, sample) of everything that one process reads from step `first` to step `steps`.
+
+    Every epoch is a permutation of its own, the same in all processes. A step takes the next `batch` of
+    it, and process `rank` of `world` every world-th of those: how many processes there are changes who
+    reads a sample, never which samples make up a step. What does not fill a batch is left out.
+    """
+
+    def __init__(self, size, batch, first, steps, seed, rank, world):
+        self.size, self.batch, self.first, self.steps = size, batch, first, steps
+        self.seed, self.rank, self.world = seed, rank, world
+
+    def __len__(self):
+        return (self.steps - self.first) * self.batch // self.world
+
+    def __iter__(self):
+        permuted = None
+        for step in range(self.first, self.steps):
+            epoch, place = divmod(step, self.size // self.batch)
+            if permuted != epoch:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order, permuted = torch.randperm(self.size, generator=generator).tolist(), epoch
+            yield from ((epoch, i) for i in order[place * self.batch + self.rank:(place + 1) * self.batch:self.world])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The toy set: eight motions of a random texture
+
+
+TOY_CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "growing", "shrinking")
+TOY_FRAMES, TOY_SIZE, TOY_CLIPS = 12, 40, {"train": 4000, "val": 800}
+
+
+def toy_clip(motion, generator):
+    """uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3]: a window that moves steadily over a texture of several octaves.
+
+    Place, angle and zoom in mid-clip are random for every class and only the class's own motion changes
+    them, so that no single frame tells the class.
+    """
+    texture = sum(F.interpolate(torch.randn(1, 3, n, n, generator=generator), size=(128, 128), mode="bicubic") * 2 / n ** 0.5
+                  for n in (4, 8, 16, 32))
+    texture = (texture / texture.std() * 0.2 + 0.5).clamp(0, 1)
+    x, y, turn, zoom, speed = torch.rand(5, generator=generator).tolist()
+    time = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)   # steps; negative before mid-clip
+    sign, still = (-1 if motion % 2 else 1), torch.zeros(TOY_FRAMES)
+    shift = 1.6 * sign * time                                                       # pixels
+    angle = 2 * math.pi * turn - (0.1 * sign * time if motion in (4, 5) else still)             # radians
+    scale = 0.9 * (zoom - 0.5) + (0.05 * sign * time if motion in (6, 7) else still)            # log of the zoom
+    radius = torch.exp(-scale) * TOY_SIZE / 128         # half the window, where the texture spans -1 to 1
+    window = F.affine_grid(torch.eye(2, 3)[None], (1, 1, TOY_SIZE, TOY_SIZE), align_corners=False)[0]   # [S, S, 2]
+    window = window * radius.view(-1, 1, 1, 1)                                      # [T, S, S, 2]
+    offset = torch.zeros(TOY_FRAMES, 1, 1, 2)
+    if motion < 4:
+        offset[..., motion // 2] = (shift * 2 / 128).view(-1, 1, 1)
+    window = window + offset
+    cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    window = torch.stack((cos * window[..., 0] - sin * window[..., 1], sin * window[..., 0] + cos * window[..., 1]), -1)
+    window = window + (torch.tensor([x, y]) - 0.5) * 0.4
+    frames = F.grid_sample(texture.expand(TOY_FRAMES, -1, -1, -1), window, padding_mode="reflection", align_corners=False)
+    return (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+def write_video(path, frames):
+    """Write uint8 frames [T, H, W, 3] as H.264, the same bits every time: one thread, and a fixed quantiser,
+    since x264's rate control differs from run to run on frames this small."""
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=12, options={"qp": "12", "preset": "veryfast", "tune": "fastdecode"})
+        stream.codec_context.thread_count = 1
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames.numpy():
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(stream.encode(REFORMATTER.reformat(frame, format="yuv420p", threads=1)))
+        container.mux(stream.encode())
+
+
+def make_toy_set(root, clips=TOY_CLIPS, seed=0):
+    """Write the toy set below the folder `root` unless it is there: train.txt, val.txt, classes.txt, videos.
+
+    It appears complete or not at all: it is written under another name and renamed.
+    """
+    root = Path(root).expanduser()
+    if root.exists():
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    temporary.chmod(0o755)                              # mkdtemp's folders are for their owner alone
+    generator = torch.Generator().manual_seed(seed)
+    with tqdm(total=sum(clips.values()), desc="making the toy set", unit="video") as bar:
+        for split, total in clips.items():
+            (temporary / split).mkdir()
+            lines = []
+            for i in range(total):
+                motion = i % len(TOY_CLASSES)
+                name = f"{split}/{i:05d}.mp4"
+                write_video(temporary / name, toy_clip(motion, generator))
+                lines.append(f"{name} {motion}\n")
+                bar.update()
+            (temporary / f"{split}.txt").write_text("".join(lines))
+    (temporary / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")
+    try:
+        temporary.rename(root)
+    except OSError:                                     # another run was faster: its set is the same
+        shutil.rmtree(temporary)
+        if not root.exists():
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------
+# Commands: check and shrink
+
+
+def unreadable_reason(path):
+    """None, or why some frame of the video does not decode."""
+    try:
+        with open_video(path) as (container, stream):
+            for packet in [*read_packets(container, stream), None]:
+                for frame in stream.codec_context.decode(packet):
+                    refuse_damaged(frame)
+    except UnreadableVideo as error:
+        return str(error)
+
+
+def check(paths, workers):
+    """Decode every frame of every video, with a progress bar; returns the reasons of the unreadable ones."""
+    with multiprocessing.Pool(workers) as pool:
+        reasons = pool.imap_unordered(unreadable_reason, paths, chunksize=4)
+        return sorted(filter(None, tqdm(reasons, total=len(paths), unit="video")))
+
+
+def shrink_video(source, target, short_side, key_frames):
+    """Re-encode a video as H.264 without audio: at most `short_side` pixels, a key frame every `key_frames`.
+
+    Frames and their times stay; a rotation in the header is carried out. Returns None or why it failed.
+    """
+    temporary = target.with_name(f".{target.name}.part")
+    options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode", "x264-params": "b-pyramid=none"}
+    try:
+        with open_video(source) as (container, stream), av.open(str(temporary), "w", format="mp4") as writer:
+            output, last = None, None
+            for frame in container.decode(stream):
+                refuse_damaged(frame)
+                if frame.rotation:
+                    upright = assemble([[0]], {0: to_rgb(frame)})[0][0].contiguous()
+                    turned = av.VideoFrame.from_ndarray(upright.numpy(), format="rgb24")
+                    turned.pts, turned.time_base = frame.pts, frame.time_base
+                    frame = turned
+                if output is None:
+                    output = writer.add_stream("libx264", rate=stream.average_rate or 25, options=options)
+                    output.codec_context.time_base = stream.time_base
+                    output.codec_context.thread_count = 1
+                    scale = min(1, short_side / min(frame.width, frame.height))
+                    output.width, output.height = (max(2, round(side * scale / 2) * 2) for side in (frame.width, frame.height))
+                    output.pix_fmt = "yuv420p"
+                pts = frame.pts if frame.pts is not None and (last is None or frame.pts > last) else (last or 0) + 1
+                frame = REFORMATTER.reformat(frame, output.width, output.height, "yuv420p", threads=1)
+                frame.pts, frame.time_base, frame.pict_type, last = pts, stream.time_base, 0, pts
+                writer.mux(output.encode(frame))
+            if output is None:
+                raise ValueError("none of its frames decodes")
+            writer.mux(output.encode())
+        temporary.replace(target)
+    except UnreadableVideo as error:
+        temporary.unlink(missing_ok=True)
+        return str(error)
+
+
+def shrink(source, target, short_side, key_frames, workers):
+    """Re-encode all videos below the folder `source` to <same name>.mp4 below `target`, those already there
+    left alone; returns the reasons of those that failed."""
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    jobs = {}
+    for path in sorted(source.rglob("*")):
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            goal = (target / path.relative_to(source)).with_suffix(".mp4")
+            if goal in jobs:
+                raise ValueError(f"{path} and {jobs[goal]} would both become {goal}: rename one")
+            jobs[goal] = path
+    if not jobs:
+        raise ValueError(f"{source}: there are no videos below this folder")
+    for folder in {goal.parent for goal in jobs}:
+        folder.mkdir(parents=True, exist_ok=True)
+    todo = [(path, goal, short_side, key_frames) for goal, path in jobs.items() if not goal.exists()]
+    print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done already")
+    with multiprocessing.Pool(workers) as pool:
+        reasons = pool.imap_unordered(shrink_job, todo)
+        return sorted(filter(None, tqdm(reasons, total=len(todo), unit="video")))
+
+
+def shrink_job(job):
+    return shrink_video(*job)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Try every video of a data set, or re-encode a folder of videos.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    checking = commands.add_parser("check", help="decode every video of a preset's lists and name the unreadable ones")
+    checking.add_argument("arguments", nargs="*", metavar="PRESET or section.key=value")
+    shrinking = commands.add_parser("shrink", help="re-encode all videos of a folder, small and with close key frames")
+    shrinking.add_argument("source", metavar="SRC")
+    shrinking.add_argument("target", metavar="DST")
+    shrinking.add_argument("--short-side", type=int, default=320, help="pixels; smaller videos keep their size (default 320)")
+    shrinking.add_argument("--key-frames", type=int, default=32, help="frames from one key frame to the next (default 32)")
+    shrinking.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    options = parser.parse_args()
+
+    import train_pretrain       # not at the top: it imports this module
+    with train_pretrain.one_sentence():
+        if options.command == "shrink":
+            reasons = shrink(options.source, options.target, options.short_side, options.key_frames, options.workers)
+        else:
+            config = train_pretrain.load_config(options.arguments, "pretrain")
+            train, val, _ = train_pretrain.read_lists(config, train_pretrain.Process(0, 1, torch.device("cpu")))
+            reasons = check([path for path, _ in train + val], max(1, config["run"]["workers"]))
+    for reason in reasons:
+        print(reason)
+    print(f"{len(reasons)} unreadable")
+    raise SystemExit(1 if reasons else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,515 @@
+"""
+Pretrain ARVideo: configuration, processes, the training loop, checkpoints and pictures.
+
+    python train_pretrain.py [PRESET ...] [section.key=value ...]                   one process; preset `toy` by default
+    torchrun --nproc_per_node=8 train_pretrain.py k400 data.root=/data/k400         eight GPUs
+    python train_pretrain.py --help                                                 presets and sections
+    python train_pretrain.py k400 large --show                                      the resolved configuration
+
+The same command goes on from the last checkpoint in run.output.
+"""
+
+import contextlib
+import difflib
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+from arvideo import ARVideo
+
+CONFIG = Path(__file__).with_name("config.yaml")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def nearest(name, known, what):
+    """SystemExit for an unknown name, with the known one that it resembles most."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return SystemExit(f"{what} '{name}' is unknown; did you mean '{close[0]}'? Known: {', '.join(known)}")
+
+
+def checked(value, default, name):
+    """`value` in the kind of `default`; SystemExit if it is of another."""
+    kind = type(default)
+    if kind is float and type(value) in (int, str):     # YAML reads 1e-3, without a dot, as text
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if kind is list and type(value) is list and len(value) == len(default):
+        return [checked(item, like, name) for item, like in zip(value, default)]
+    if type(value) is not kind:
+        wanted = f"a list of {len(default)}" if kind is list else f"of kind {kind.__name__}"
+        raise SystemExit(f"{name} must be {wanted}, like {default!r}; found {value!r}")
+    return value
+
+
+def set_key(config, section, key, value):
+    if section not in config:
+        raise nearest(section, list(config), "section")
+    if key not in config[section]:
+        raise nearest(key, list(config[section]), f"key of section {section}")
+    config[section][key] = checked(value, config[section][key], f"{section}.{key}")
+
+
+def load_config(arguments, stage):
+    """The configuration of a command line: config.yaml, then the presets named, then section.key=value.
+
+    Prints and exits for --help and --show; SystemExit names what is unknown or of the wrong kind.
+    """
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    presets = config.pop("presets")
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: python train_{stage}.py [PRESET ...] [section.key=value ...] [--show]\n\n"
+              f"presets: {', '.join(presets)} (several may follow each other; none: toy)\nsections and keys:")
+        for section, keys in config.items():
+            print(f"  {section}: {', '.join(keys)}")
+        print(f"\nEvery key is explained in {CONFIG.name}; --show prints the values of this command.")
+        raise SystemExit(0)
+    names = [a for a in arguments if "=" not in a and a != "--show"] or ["toy"]
+    for name in names:
+        if name not in presets:
+            raise nearest(name, list(presets), "preset")
+        for section, changes in presets[name].items():
+            for key, value in changes.items():
+                set_key(config, section, key, value)
+    for argument in arguments:
+        dotted, equals, text = argument.partition("=")
+        section, dot, key = dotted.partition(".")
+        if equals and not dot:
+            raise SystemExit(f"'{argument}' is not of the form section.key=value")
+        if equals:
+            is_text = isinstance(config.get(section, {}).get(key), str)
+            try:
+                set_key(config, section, key, text if is_text else yaml.safe_load(text))
+            except yaml.YAMLError:
+                raise SystemExit(f"'{argument}': the value is not YAML") from None
+    output = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
+    config["run"]["output"] = output
+    if "--show" in arguments:
+        print(yaml.safe_dump(config, sort_keys=False, default_flow_style=None), end="")
+        raise SystemExit(0)
+    return config
+
+
+@contextlib.contextmanager
+def one_sentence():
+    """Turn an error that the user can mend into its message and exit status 1, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, data.UnreadableVideo) as error:
+        # A DataLoader worker's error carries its traceback in the message; the last line says what happened.
+        raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.UnreadableVideo: ")) from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes, precision, batch
+
+
+Process = namedtuple("Process", "rank world device")
+
+
+def start_process(run):
+    """This process's rank, the number of processes, and its device; joins the others under torchrun."""
+    name = run["device"]
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise nearest(name, ["auto", "cpu", "cuda", "mps"], "run.device")
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit(f"run.device is {name}, but this machine has none; use run.device=auto")
+    device = torch.device(name)
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32 where fp32 remains
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        return Process(dist.get_rank(), dist.get_world_size(), device)
+    return Process(0, 1, device)
+
+
+def mixed_precision(precision, device):
+    """(function that makes an autocast context, GradScaler) for run.precision."""
+    kinds = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in kinds:
+        raise nearest(precision, list(kinds), "run.precision")
+    dtype = kinds[precision] or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if dtype == torch.float16 and device.type != "cuda":
+        raise SystemExit(f"run.precision=fp16 needs a GPU; this run is on {device.type}: use bf16 or fp32")
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def split_batch(batch, process, limit, videos, name):
+    """(videos a process takes at once, accumulation steps) of a global batch; SystemExit if it cannot be shared."""
+    if batch < 1 or batch % process.world:
+        near = max(round(batch / process.world), 1) * process.world
+        raise SystemExit(f"{name}={batch} cannot be shared evenly by {process.world} processes: try {name}={near}")
+    if batch > videos:
+        raise SystemExit(f"{name}={batch} is more than the {videos} videos of data.train: "
+                         f"try {name}={max(videos // process.world, 1) * process.world}")
+    share = batch // process.world
+    at_once = next(n for n in range(min(share, limit or share), 0, -1) if share % n == 0)
+    return at_once, share // at_once
+
+
+# ---------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+def learning_rate(step, steps, warmup, peak, floor):
+    """Linear from 0 to `peak` over `warmup` steps, then a cosine to `floor` at the last step."""
+    if step < warmup:
+        return peak * step / warmup
+    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
+def adamw(model, settings, device):
+    """AdamW without weight decay on biases, norms and other one-dimensional parameters."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings["betas"], eps=1e-8, fused=device.type in ("cuda", "cpu"))
+
+
+def accumulate(model, scaler, autocast, loss_of, batches):
+    """Gradients of the mean loss over micro-batches, shared among the processes after the last. Returns that loss."""
+    total, batches = 0.0, list(batches)
+    for i, batch in enumerate(batches):
+        wait = isinstance(model, DistributedDataParallel) and i < len(batches) - 1
+        with model.no_sync() if wait else contextlib.nullcontext():
+            with autocast():
+                loss = loss_of(batch) / len(batches)
+            scaler.scale(loss).backward()
+        total = total + loss.detach()
+    return total
+
+
+def over_processes(process, *values):
+    """The sum of each value over all processes, as Python numbers. The one collective call of a step."""
+    numbers = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=process.device) for value in values])
+    if process.world > 1:
+        dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def check_finite(process, scaler, step, loss, lr, norm):
+    """Stop before a loss or gradient that is no number reaches the weights. fp16's scaler expects overflows."""
+    if math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled()):
+        return
+    give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last checkpoint is "
+                     "kept; try a smaller lr, clip_norm=1 or run.precision=fp32")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Stopping, checkpoints, log
+
+
+def give_up(process, message):
+    """End a run for a reason that all processes share; the first one says it."""
+    raise SystemExit(message if process.rank == 0 else 1)
+
+
+def stop_on_signals():
+    """A list that becomes non-empty on SIGTERM or SIGINT, so that a run can save first. A second one kills."""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return received
+
+
+def save_checkpoint(output, content):
+    """Write output/last.pt, complete or not at all; the one before stays as previous.pt."""
+    last, temporary = Path(output, "last.pt"), Path(output, "last.pt.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if last.exists():
+        last.replace(last.with_name("previous.pt"))
+    temporary.replace(last)
+
+
+def load_checkpoint(path):
+    """The content of a checkpoint: tensors and plain values, nothing that executes. SystemExit if unreadable."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: there is no such checkpoint") from None
+    except Exception as error:                          # torch raises half a dozen kinds for a damaged file
+        raise SystemExit(f"{path}: this is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def last_checkpoint(output, resume):
+    """The last complete checkpoint in `output`, or None. SystemExit if there are some and none can be used."""
+    paths = [path for path in (Path(output, "last.pt"), Path(output, "previous.pt")) if path.exists()]
+    if paths and not resume:
+        raise SystemExit(f"{output} holds a run: choose another run.output, or go on with run.resume=true")
+    for path in paths:
+        try:
+            return load_checkpoint(path)
+        except SystemExit as error:
+            if path == paths[-1]:
+                raise
+            print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
+
+
+def check_same_training(config, saved, output, stage):
+    """SystemExit if going on with `config` would train another model, on other data or in another way."""
+    free = {"data.root", "data.train", "data.val", "data.max_unreadable", f"{stage}.epochs", f"{stage}.picture_epochs"}
+    differences = []
+    for section in ("data", "model", stage, "run"):
+        for key, value in config[section].items():
+            name, before = f"{section}.{key}", saved.get(section, {}).get(key)
+            if value != before and name not in free and (section != "run" or key == "seed"):
+                differences.append(f"{name} is {value!r}, was {before!r}")
+    if differences:
+        raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differences)}. "
+                         "Restore these values or choose another run.output")
+
+
+def report_unreadable(process, failures, named, tried, unreadable, share):
+    """Name every unreadable video once; stop if, after a hundred tries, more than `share` of all were unreadable."""
+    for reason in failures:
+        if reason not in named:
+            named.add(reason)
+            tqdm.write(f"unreadable, another video is drawn: {reason}", file=sys.stderr)
+    if tried >= 100 and unreadable > share * tried:
+        give_up(process, f"{unreadable} of {tried} videos tried were unreadable, more than data.max_unreadable={share}; "
+                         "`python data.py check PRESET` lists them all")
+
+
+class Log:
+    """log.jsonl, one line a step, and TensorBoard where it is installed. Lines after `step` are dropped:
+    the run goes on from there and writes them again."""
+
+    def __init__(self, output, step):
+        path = Path(output, "log.jsonl")
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        self.file, self.board = open(path, "a", buffering=1), None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(output, purge_step=step)
+
+    def write(self, step, **values):
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_picture(model, video, order, visible):
+    """A picture of the first frame of every cube: the true video, what the encoder saw, what was predicted.
+
+    video [B, 3, T, H, W], normalised. The numbers are the clusters' places in the prediction order.
+    """
+    size, tokens, (pt, ph, pw) = video.shape[-1], model.grid[0], model.cube
+    scale = max(1, 128 // size)
+    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    rows = torch.stack([video, *model.reconstruct(video, order, visible)], dim=1)[:, :, :, ::pt]    # [B, 3 rows, 3, t, H, W]
+    pixels = ((rows * std + mean).clamp(0, 1) * 255).byte()
+    pixels = pixels.permute(0, 1, 4, 3, 5, 2).reshape(-1, tokens * size, 3)                     # frames side by side
+    pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    caption = ("Rows: true video, what the encoder saw, what was predicted (number: place in the order).\n"
+               "Flattering: each predicted cube has its mean and contrast from the true video.")
+    picture = Image.new("RGB", (max(pixels.shape[1], 600), pixels.shape[0] + 36), "white")
+    picture.paste(Image.fromarray(pixels.cpu().numpy()), (0, 36))
+    pen = ImageDraw.Draw(picture)
+    pen.text((4, 4), caption, fill="black")
+    kt, kh, kw = (whole // blocks for whole, blocks in zip(model.grid, model.blocks))
+    for b, places in enumerate(order.argsort(1).tolist()):                                      # cluster -> place
+        for cluster, place in enumerate(places):
+            t, h, w = (int(i) for i in torch.unravel_index(torch.tensor(cluster), model.blocks))
+            x, y = (t * kt * size + w * kw * pw) * scale, ((3 * b + 2) * size + h * kh * ph) * scale
+            pen.text((x + 3, y + 38), str(place + 1), fill="white", stroke_width=1, stroke_fill="black")
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+def read_lists(config, process):
+    """(training videos, validation videos, class names) of data.train and data.val; makes the toy set if asked to."""
+    root, sources = config["data"]["root"], dict(train=config["data"]["train"], val=config["data"]["val"])
+    if "toy" in sources.values():
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            data.make_toy_set(root)
+        if process.world > 1:
+            dist.barrier()
+        sources = {split: Path(root, f"{split}.txt") if source == "toy" else source for split, source in sources.items()}
+    if not sources["train"]:
+        raise SystemExit("data.train is empty: name a list, a CSV, a JSON or a folder of classes")
+    quiet = process.rank > 0
+    train, classes = data.read_annotations(sources["train"], root, quiet=quiet)
+    val = data.read_annotations(sources["val"], root, classes, quiet)[0] if sources["val"] else []
+    return train, val, classes
+
+
+def ignore_signals(_):
+    for number in (signal.SIGINT, signal.SIGTERM):      # the training process decides when its workers end
+        signal.signal(number, signal.SIG_IGN)
+
+
+def read_batches(videos, order, at_once, accumulation, run, process):
+    """A generator of lists of `accumulation` micro-batches, decoded ahead by run.workers processes."""
+    loader = DataLoader(videos, at_once, sampler=order, num_workers=run["workers"], collate_fn=data.collate,
+                        pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals)
+    micro_batches = iter(loader)
+    while True:
+        with one_sentence():
+            yield list(itertools.islice(micro_batches, accumulation))
+
+
+def main():
+    config = load_config(sys.argv[1:], "pretrain")
+    run, settings, output = config["run"], config["pretrain"], Path(config["run"]["output"])
+    process = start_process(run)
+    autocast, scaler = mixed_precision(run["precision"], process.device)
+
+    # Data and model
+    torch.manual_seed(run["seed"])
+    with one_sentence():
+        model = ARVideo(**config["model"]).to(process.device)
+        entries, val_entries, _ = read_lists(config, process)
+    frames, size, R = config["model"]["frames"], config["model"]["size"], settings["clips_per_video"]
+    videos, val_videos = (data.Videos(
+        listed, partial(data.dense_clips, frames=frames, stride=config["data"]["stride"], clips=R),
+        partial(data.pretraining_clip, size=size, flip=config["data"]["flip"]), run["seed"])
+        for listed in (entries, val_entries or entries))
+
+    # Batch, schedule, optimizer
+    batch = settings["batch"]
+    at_once, accumulation = split_batch(batch, process, run["max_batch"], len(videos), "pretrain.batch")
+    per_epoch = len(videos) // batch
+    steps, warmup = settings["epochs"] * per_epoch, settings["warmup_epochs"] * per_epoch
+    peak, floor = settings["lr"] * batch / 256, settings["min_lr"] * batch / 256
+    optimizer = adamw(model, settings, process.device)
+
+    # Go on from the last checkpoint
+    tried = unreadable = first = 0
+    checkpoint = last_checkpoint(output, run["resume"])
+    if checkpoint:
+        check_same_training(config, checkpoint["config"], output, "pretrain")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        first, tried, unreadable = (checkpoint[key] for key in ("step", "tried", "unreadable"))
+        if first >= steps:
+            give_up(process, f"{output} is finished: {first} steps; see {output / 'last.pt'}")
+
+    wrapped = torch.compile(model) if run["compile"] else model
+    if process.world > 1:
+        wrapped = DistributedDataParallel(wrapped, device_ids=[process.device] if process.device.type == "cuda" else None)
+
+    log = None
+    if process.rank == 0:
+        with one_sentence():
+            output.mkdir(parents=True, exist_ok=True)
+            log = Log(output, first)
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        encoder_parameters = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+        print(f"ARVideo pretraining: {output}" + (f", going on from step {first}" if first else ""))
+        print(f"  data       {len(videos)} videos, clips of {frames} frames at stride {config['data']['stride']}, {size} x {size}, "
+              f"flip {'on' if config['data']['flip'] else 'off'}, {R} a video")
+        print(f"  model      {parameters:.1f} M parameters, {encoder_parameters:.1f} M of them in the encoder; "
+              f"{model.encoder_mask.shape[0]} visible tokens, {model.decoder_mask.shape[0]} predicted, order {model.order}")
+        print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once}")
+        print(f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, "
+              f"{warmup} steps of warm-up, then a cosine to {floor:.3g}")
+        print(f"  device     {process.device}, {str(autocast.keywords['dtype']).removeprefix('torch.')}, torch {torch.__version__}, {run['workers']} workers a process")
+
+    def save(step):
+        if process.rank == 0:
+            save_checkpoint(output, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                                         step=step, tried=tried, unreadable=unreadable, config=config))
+
+    def loss_of(micro_batch):
+        (clips, _, _), order, visible = micro_batch
+        return wrapped(data.normalise(clips, process.device), order, visible)
+
+    # Which clips of the global batch this process has: its orders and visible tokens are those rows of the draw
+    rows = torch.arange(batch * R, device=process.device).view(batch, R)[process.rank::process.world].flatten()
+    generator = torch.Generator(process.device)
+    stop, named, saved_at = stop_on_signals(), set(), time.monotonic()
+    reading = data.TrainingOrder(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
+    bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
+    with contextlib.closing(read_batches(videos, reading, at_once, accumulation, run, process)) as batches:
+        for step in bar:
+            began = time.perf_counter()
+            micro_batches = next(batches)
+            waited = time.perf_counter() - began
+
+            lr = learning_rate(step, steps, warmup, peak, floor)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            order, visible = model.draw(batch * R, generator.manual_seed(run["seed"] * 1_000_003 + step))
+            loss = accumulate(wrapped, scaler, autocast, loss_of,
+                              zip(micro_batches, order[rows].chunk(accumulation), visible[rows].chunk(accumulation)))
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"] or math.inf)
+
+            failures = [reason for _, _, reasons in micro_batches for reason in reasons]
+            loss, failed, stopping = over_processes(process, loss / process.world, len(failures), len(stop))
+            check_finite(process, scaler, step, loss, lr, norm.item())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+            tried, unreadable = tried + batch + int(failed), unreadable + int(failed)
+            report_unreadable(process, failures, named, tried, unreadable, config["data"]["max_unreadable"])
+            elapsed = time.perf_counter() - began
+            if process.rank == 0:
+                speed = dict(clips_per_second=batch * R / elapsed, data_share=waited / elapsed)
+                log.write(step + 1, epoch=step // per_epoch, loss=loss, lr=lr, norm=norm.item(), **speed)
+                bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {speed['clips_per_second']:.1f} clips/s data {speed['data_share']:.0%}")
+
+            epoch_ends = (step + 1) % per_epoch == 0
+            if stopping or epoch_ends or time.monotonic() - saved_at > 60 * run["save_minutes"]:
+                save(step + 1)
+                saved_at = time.monotonic()
+            if stopping:
+                if process.world > 1:
+                    dist.barrier()                      # nobody leaves before the first process has saved
+                give_up(process, f"stopped by a signal after step {step + 1}; the same command goes on from {output / 'last.pt'}")
+            epoch = (step + 1) // per_epoch
+            if process.rank == 0 and epoch_ends and (epoch % settings["picture_epochs"] == 0 or step + 1 == steps):
+                clips = torch.cat([val_videos[0, i * len(val_videos) // 4][0][:1] for i in range(4)])
+                with autocast():
+                    picture = draw_picture(model, data.normalise(clips, process.device),
+                                           *model.draw(len(clips), generator.manual_seed(run["seed"])))
+                picture.save(output / f"predictions_{epoch:04d}.png")
+    if process.rank == 0:
+        print(f"finished: loss {loss:.3f}; checkpoint, log and pictures are in {output}")
+    if process.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
