@@ -52,12 +52,10 @@ def checked(value, default, name):
     if kind is float and type(value) in (int, str):     # YAML reads 1e-3, without a dot, as text
         with contextlib.suppress(ValueError):
             return float(value)
-    if kind is list and type(value) is list and len(value) == len(default):
-        return [checked(item, like, name) for item, like in zip(value, default)]
-    if type(value) is not kind:
+    if type(value) is not kind or kind is list and len(value) != len(default):
         wanted = f"a list of {len(default)}" if kind is list else f"of kind {kind.__name__}"
         raise SystemExit(f"{name} must be {wanted}, like {default!r}; found {value!r}")
-    return value
+    return [checked(item, like, name) for item, like in zip(value, default)] if kind is list else value
 
 
 def set_key(config, section, key, value):
@@ -157,6 +155,10 @@ def mixed_precision(precision, device):
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
+def precision_name(autocast):
+    return str(autocast.keywords["dtype"]).removeprefix("torch.")
+
+
 def split_batch(batch, process, limit, videos, name):
     """(videos a process takes at once, accumulation steps) of a global batch; SystemExit if it cannot be shared."""
     if batch < 1 or batch % process.world:
@@ -181,25 +183,18 @@ def learning_rate(step, steps, warmup, peak, floor):
     return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
 
 
-def adamw(model, settings, device):
-    """AdamW without weight decay on biases, norms and other one-dimensional parameters."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+def adamw(model, settings, device, scale=lambda name: 1.0):
+    """AdamW without weight decay on biases, norms and other one-dimensional parameters.
+
+    scale(name) multiplies the learning rate of a parameter; every group carries its own as "scale".
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((scale(name), parameter.ndim > 1), []).append(parameter)
+    groups = [dict(params=parameters, scale=factor, weight_decay=settings["weight_decay"] if is_matrix else 0.0)
+              for (factor, is_matrix), parameters in groups.items()]
     return torch.optim.AdamW(groups, lr=0.0, betas=settings["betas"], eps=1e-8, fused=device.type in ("cuda", "cpu"))
-
-
-def accumulate(model, scaler, autocast, loss_of, batches):
-    """Gradients of the mean loss over micro-batches, shared among the processes after the last. Returns that loss."""
-    total, batches = 0.0, list(batches)
-    for i, batch in enumerate(batches):
-        wait = isinstance(model, DistributedDataParallel) and i < len(batches) - 1
-        with model.no_sync() if wait else contextlib.nullcontext():
-            with autocast():
-                loss = loss_of(batch) / len(batches)
-            scaler.scale(loss).backward()
-        total = total + loss.detach()
-    return total
 
 
 def over_processes(process, *values):
@@ -208,14 +203,6 @@ def over_processes(process, *values):
     if process.world > 1:
         dist.all_reduce(numbers)
     return numbers.tolist()
-
-
-def check_finite(process, scaler, step, loss, lr, norm):
-    """Stop before a loss or gradient that is no number reaches the weights. fp16's scaler expects overflows."""
-    if math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled()):
-        return
-    give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last checkpoint is "
-                     "kept; try a smaller lr, clip_norm=1 or run.precision=fp32")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -387,126 +374,150 @@ def read_batches(videos, order, at_once, accumulation, run, process):
             yield list(itertools.islice(micro_batches, accumulation))
 
 
-def main():
-    config = load_config(sys.argv[1:], "pretrain")
-    run, settings, output = config["run"], config["pretrain"], Path(config["run"]["output"])
-    process = start_process(run)
-    autocast, scaler = mixed_precision(run["precision"], process.device)
+def fit(config, stage, process, precision, model, videos, optimizer, loss_of, end_epoch=lambda epoch, last: None):
+    """Train `model` on `videos` as section `stage` of the configuration says, from the last checkpoint on.
 
-    # Data and model
-    torch.manual_seed(run["seed"])
-    with one_sentence():
-        model = ARVideo(**config["model"]).to(process.device)
-        entries, val_entries, _ = read_lists(config, process)
-    frames, size, R = config["model"]["frames"], config["model"]["size"], settings["clips_per_video"]
-    videos, val_videos = (data.Videos(
-        listed, partial(data.dense_clips, frames=frames, stride=config["data"]["stride"], clips=R),
-        partial(data.pretraining_clip, size=size, flip=config["data"]["flip"]), run["seed"])
-        for listed in (entries, val_entries or entries))
-
-    # Batch, schedule, optimizer
-    batch = settings["batch"]
-    at_once, accumulation = split_batch(batch, process, run["max_batch"], len(videos), "pretrain.batch")
+    loss_of(forward, batch, step, rows) is the loss of a micro-batch (clips, labels, unreadable), where rows [b]
+    tells which of the global batch's clips these are; forward is the model, wrapped for several processes.
+    end_epoch(epoch, last) is called in every process after every epoch. Returns whether it trained at all: a
+    finished run is left as it is.
+    """
+    run, settings, output = config["run"], config[stage], Path(config["run"]["output"])
+    autocast, scaler = precision
+    batch, repeats = settings["batch"], settings["clips_per_video"]
+    at_once, accumulation = split_batch(batch, process, run["max_batch"], len(videos), f"{stage}.batch")
+    if settings["epochs"] < 1:
+        raise SystemExit(f"{stage}.epochs={settings['epochs']} trains nothing: it must be at least 1")
     per_epoch = len(videos) // batch
     steps, warmup = settings["epochs"] * per_epoch, settings["warmup_epochs"] * per_epoch
     peak, floor = settings["lr"] * batch / 256, settings["min_lr"] * batch / 256
-    optimizer = adamw(model, settings, process.device)
 
     # Go on from the last checkpoint
     tried = unreadable = first = 0
     checkpoint = last_checkpoint(output, run["resume"])
     if checkpoint:
-        check_same_training(config, checkpoint["config"], output, "pretrain")
+        check_same_training(config, checkpoint["config"], output, stage)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         first, tried, unreadable = (checkpoint[key] for key in ("step", "tried", "unreadable"))
         if first >= steps:
-            give_up(process, f"{output} is finished: {first} steps; see {output / 'last.pt'}")
+            return False
 
-    wrapped = torch.compile(model) if run["compile"] else model
+    forward = torch.compile(model) if run["compile"] else model
     if process.world > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[process.device] if process.device.type == "cuda" else None)
-
-    log = None
+        forward = DistributedDataParallel(forward, device_ids=[process.device] if process.device.type == "cuda" else None)
     if process.rank == 0:
         with one_sentence():
             output.mkdir(parents=True, exist_ok=True)
             log = Log(output, first)
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        encoder_parameters = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-        print(f"ARVideo pretraining: {output}" + (f", going on from step {first}" if first else ""))
-        print(f"  data       {len(videos)} videos, clips of {frames} frames at stride {config['data']['stride']}, {size} x {size}, "
-              f"flip {'on' if config['data']['flip'] else 'off'}, {R} a video")
-        print(f"  model      {parameters:.1f} M parameters, {encoder_parameters:.1f} M of them in the encoder; "
-              f"{model.encoder_mask.shape[0]} visible tokens, {model.decoder_mask.shape[0]} predicted, order {model.order}")
-        print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once}")
-        print(f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, "
-              f"{warmup} steps of warm-up, then a cosine to {floor:.3g}")
-        print(f"  device     {process.device}, {str(autocast.keywords['dtype']).removeprefix('torch.')}, torch {torch.__version__}, {run['workers']} workers a process")
+        print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} videos"
+              f", {repeats} clips of each\n"
+              f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, "
+              f"{warmup} steps of warm-up, then a cosine to {floor:.3g}\n"
+              f"  device     {process.device}, {precision_name(autocast)}, torch {torch.__version__}, {run['workers']} workers a process\n"
+              f"  output     {output}" + (f", going on from step {first}" if first else ""))
 
-    def save(step):
-        if process.rank == 0:
-            save_checkpoint(output, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                         step=step, tried=tried, unreadable=unreadable, config=config))
-
-    def loss_of(micro_batch):
-        (clips, _, _), order, visible = micro_batch
-        return wrapped(data.normalise(clips, process.device), order, visible)
-
-    # Which clips of the global batch this process has: its orders and visible tokens are those rows of the draw
-    rows = torch.arange(batch * R, device=process.device).view(batch, R)[process.rank::process.world].flatten()
-    generator = torch.Generator(process.device)
-    stop, named, saved_at = stop_on_signals(), set(), time.monotonic()
+    # Which clips of the global batch each micro-batch of this process has
+    rows = torch.arange(batch * repeats).view(batch, repeats)[process.rank::process.world].flatten().chunk(accumulation)
     reading = data.TrainingOrder(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
+    stop, named, saved_at = stop_on_signals(), set(), time.monotonic()
     bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
     with contextlib.closing(read_batches(videos, reading, at_once, accumulation, run, process)) as batches:
         for step in bar:
+            model.train()
             began = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - began
 
-            lr = learning_rate(step, steps, warmup, peak, floor)
+            lr, loss = learning_rate(step, steps, warmup, peak, floor), 0.0
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            order, visible = model.draw(batch * R, generator.manual_seed(run["seed"] * 1_000_003 + step))
-            loss = accumulate(wrapped, scaler, autocast, loss_of,
-                              zip(micro_batches, order[rows].chunk(accumulation), visible[rows].chunk(accumulation)))
+                group["lr"] = lr * group["scale"]
+            for i, micro_batch in enumerate(micro_batches):
+                wait = process.world > 1 and i + 1 < accumulation       # processes share gradients once a step
+                with forward.no_sync() if wait else contextlib.nullcontext(), autocast():
+                    part = loss_of(forward, micro_batch, step, rows[i]) / accumulation
+                    scaler.scale(part).backward()
+                loss += part.detach()
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"] or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"] or math.inf).item()
 
             failures = [reason for _, _, reasons in micro_batches for reason in reasons]
             loss, failed, stopping = over_processes(process, loss / process.world, len(failures), len(stop))
-            check_finite(process, scaler, step, loss, lr, norm.item())
+            if not math.isfinite(loss) or not math.isfinite(norm) and not scaler.is_enabled():  # fp16's scaler expects overflows
+                give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last checkpoint "
+                                 f"is kept; try a smaller {stage}.lr, {stage}.clip_norm=1 or run.precision=fp32")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
             tried, unreadable = tried + batch + int(failed), unreadable + int(failed)
             report_unreadable(process, failures, named, tried, unreadable, config["data"]["max_unreadable"])
-            elapsed = time.perf_counter() - began
             if process.rank == 0:
-                speed = dict(clips_per_second=batch * R / elapsed, data_share=waited / elapsed)
-                log.write(step + 1, epoch=step // per_epoch, loss=loss, lr=lr, norm=norm.item(), **speed)
-                bar.set_postfix_str(f"loss {loss:.3f} lr {lr:.1e} {speed['clips_per_second']:.1f} clips/s data {speed['data_share']:.0%}")
+                elapsed = time.perf_counter() - began
+                speed = dict(clips_per_second=batch * repeats / elapsed, data_share=waited / elapsed)
+                log.write(step + 1, epoch=step // per_epoch, loss=loss, lr=lr, norm=norm, **speed)
+                bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed['clips_per_second']:.1f} clips/s, "
+                                    f"{speed['data_share']:.0%} waiting for data")
 
             epoch_ends = (step + 1) % per_epoch == 0
             if stopping or epoch_ends or time.monotonic() - saved_at > 60 * run["save_minutes"]:
-                save(step + 1)
                 saved_at = time.monotonic()
+                if process.rank == 0:
+                    save_checkpoint(output, dict(
+                        model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                        step=step + 1, tried=tried, unreadable=unreadable, config=config))
             if stopping:
                 if process.world > 1:
                     dist.barrier()                      # nobody leaves before the first process has saved
                 give_up(process, f"stopped by a signal after step {step + 1}; the same command goes on from {output / 'last.pt'}")
-            epoch = (step + 1) // per_epoch
-            if process.rank == 0 and epoch_ends and (epoch % settings["picture_epochs"] == 0 or step + 1 == steps):
-                clips = torch.cat([val_videos[0, i * len(val_videos) // 4][0][:1] for i in range(4)])
-                with autocast():
-                    picture = draw_picture(model, data.normalise(clips, process.device),
-                                           *model.draw(len(clips), generator.manual_seed(run["seed"])))
-                picture.save(output / f"predictions_{epoch:04d}.png")
+            if epoch_ends:
+                model.eval()
+                end_epoch((step + 1) // per_epoch, step + 1 == steps)
+    return True
+
+
+def main():
+    config = load_config(sys.argv[1:], "pretrain")
+    run, settings, output = config["run"], config["pretrain"], Path(config["run"]["output"])
+    process = start_process(run)
+    precision = autocast, _ = mixed_precision(run["precision"], process.device)
+    torch.manual_seed(run["seed"])
+    with one_sentence():
+        model = ARVideo(**config["model"]).to(process.device)
+        train, val, _ = read_lists(config, process)
+    frames, size, repeats = config["model"]["frames"], config["model"]["size"], settings["clips_per_video"]
+    videos, val_videos = (data.Videos(
+        entries, partial(data.dense_clips, frames=frames, stride=config["data"]["stride"], clips=repeats),
+        partial(data.pretraining_clip, size=size, flip=config["data"]["flip"]), run["seed"]) for entries in (train, val or train))
     if process.rank == 0:
-        print(f"finished: loss {loss:.3f}; checkpoint, log and pictures are in {output}")
+        total, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
+        print(f"ARVideo pretraining\n"
+              f"  data       {len(videos)} videos; clips of {frames} frames at stride {config['data']['stride']}, {size} x {size}, "
+              f"flip {'on' if config['data']['flip'] else 'off'}\n"
+              f"  model      {total:.1f} M parameters, {encoder:.1f} M of them in the encoder; of {len(model.encoder.positions)} tokens "
+              f"{model.encoder_mask.shape[0]} enter the encoder and {model.decoder_mask.shape[0]} are predicted; order {model.order}")
+
+    generator = torch.Generator(process.device)
+
+    def loss_of(forward, batch, step, rows):
+        """Every process draws for the whole global batch and takes its own rows: the draw of a clip depends on
+        the step and its row alone, not on the number of processes."""
+        order, visible = model.draw(settings["batch"] * repeats, generator.manual_seed(run["seed"] * 1_000_003 + step))
+        return forward(data.normalise(batch[0], process.device), order[rows], visible[rows])
+
+    def end_epoch(epoch, last):
+        if process.rank == 0 and (last or epoch % settings["picture_epochs"] == 0):
+            clips = torch.cat([val_videos[0, i * len(val_videos) // 4][0][:1] for i in range(4)])
+            with autocast():
+                picture = draw_picture(model, data.normalise(clips, process.device),
+                                       *model.draw(len(clips), generator.manual_seed(run["seed"])))
+            picture.save(output / f"predictions_{epoch:04d}.png")
+
+    optimizer = adamw(model, settings, process.device)
+    trained = fit(config, "pretrain", process, precision, model, videos, optimizer, loss_of, end_epoch)
+    if process.rank == 0:
+        print(f"{output} is {'now ' if trained else 'already '}finished: checkpoint last.pt, log.jsonl and pictures are there")
     if process.world > 1:
         dist.destroy_process_group()
 
