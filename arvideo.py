@@ -241,7 +241,7 @@ class Encoder(nn.Module):
 
     def features(self, video):
         """All tokens of a whole video, for transfer: [B, 3, T, H, W] -> [B, N, D]."""
-        return self(video_to_cubes(video, self.cube))
+        return Encoder.forward(self, video_to_cubes(video, self.cube))      # a classifier's own forward takes videos
 
 
 class DecoderBlock(nn.Module):

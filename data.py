@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import av
@@ -25,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import Dataset, Sampler
-from torchvision.transforms.v2.functional import resized_crop
+from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"}
@@ -309,13 +311,105 @@ def multi_scale_crop(clip, size):
     x, y = places[torch.randint(len(places), ()).item()]
     H, W = clip.shape[-2:]
     height, width = (max(1, int(min(H, W) * scale)) for scale in (scale_h, scale_w))
-    return resized_crop(clip, (H - height) // 4 * y, (W - width) // 4 * x, height, width, [size, size], antialias=True)
+    return tv.resized_crop(clip, (H - height) // 4 * y, (W - width) // 4 * x, height, width, [size, size], antialias=True)
 
 
 def pretraining_clip(clip, size, flip):
-    """[T, 3, H, W] -> [T, 3, size, size]. A flip would turn SSv2's left into right: its preset has none."""
+    """[T, 3, H, W] -> [T, 3, size, size]: multi-scale crop, and a flip where it is asked for."""
     clip = multi_scale_crop(clip, size)
     return clip.flip(-1) if flip and torch.rand(()) < 0.5 else clip
+
+
+def segment_clips(count, frames, clips=1):
+    """A random frame from each of `frames` equal segments of a video: how SSv2 is fine-tuned."""
+    return ((torch.arange(frames) + torch.rand(clips, frames)) * count / frames).long().tolist()
+
+
+def dense_views(count, frames, stride, clips):
+    """`clips` windows whose starts are spread evenly from the video's beginning to its end; one: the middle."""
+    last_start = max(count - ((frames - 1) * stride + 1), 0)
+    starts = [last_start * k // (clips - 1) for k in range(clips)] if clips > 1 else [last_start // 2]
+    return [[start + i * stride for i in range(frames)] for start in starts]
+
+
+def segment_views(count, frames, clips):
+    """Of clips x frames even frames, clip k takes every clips-th from the k-th; one clip: the segments' middles."""
+    if clips == 1:
+        return [[(2 * i + 1) * count // (2 * frames) for i in range(frames)]]
+    return [[i * count // (clips * frames) for i in range(k, clips * frames, clips)] for k in range(clips)]
+
+
+def spatial_views(clip, size, crops):
+    """[T, 3, H, W] -> [crops, T, 3, size, size]: short side to `size`, crops from end to end of the long side."""
+    H, W = clip.shape[-2:]
+    scale = size / min(H, W)
+    H, W = (max(size, round(side * scale)) for side in (H, W))
+    clip = tv.resize(clip, [H, W], antialias=True)
+    places = [k / (crops - 1) for k in range(crops)] if crops > 1 else [0.5]
+    return torch.stack([clip[..., int((H - size) * p):, int((W - size) * p):][..., :size, :size] for p in places])
+
+
+def rand_augment(clip, operations, magnitude):
+    """rand-m<magnitude>-n<operations>-mstd0.5-inc1 of a clip [T, 3, H, W], uint8: the same draw for all frames.
+
+    Each operation is drawn from 15 and applied with probability 0.5. Written here because torchvision's
+    RandAugment has neither that probability nor these strengths. Warps are bilinear (VideoMAE's: bicubic),
+    as torchvision warps tensors.
+    """
+    H, W = clip.shape[-2:]
+    for _ in range(operations):
+        which, sign = torch.randint(15, ()).item(), 1 if torch.rand(()) < 0.5 else -1
+        level = min(max(magnitude + 0.5 * torch.randn(()).item(), 0), 10) / 10
+        if torch.rand(()) < 0.5:
+            continue
+        enhance = max(0.1, 1 + 0.9 * level * sign)
+        warp = partial(tv.affine, angle=0.0, translate=[0, 0], scale=1.0, shear=[0.0, 0.0], fill=[128.0] * 3,
+                       interpolation=tv.InterpolationMode.BILINEAR, center=[0, 0])
+        shear = math.degrees(math.atan(0.3 * level * sign))
+        clip = (
+            lambda: tv.autocontrast(clip),
+            lambda: tv.equalize(clip),
+            lambda: tv.invert(clip),
+            lambda: tv.rotate(clip, 30 * level * sign, tv.InterpolationMode.BILINEAR, fill=[128.0] * 3),
+            lambda: tv.posterize(clip, 4 - int(4 * level)),
+            lambda: tv.solarize(clip, 256 - int(256 * level)),
+            lambda: torch.where(clip < 128, (clip.int() + int(110 * level)).clamp(max=255).to(clip.dtype), clip),   # SolarizeAdd
+            lambda: tv.adjust_saturation(clip, enhance),
+            lambda: tv.adjust_contrast(clip, enhance),
+            lambda: tv.adjust_brightness(clip, enhance),
+            lambda: tv.adjust_sharpness(clip, enhance),
+            lambda: warp(clip, shear=[shear, 0.0]),
+            lambda: warp(clip, shear=[0.0, shear]),
+            lambda: warp(clip, translate=[0.45 * level * sign * W, 0]),
+            lambda: warp(clip, translate=[0, 0.45 * level * sign * H]),
+        )[which]()
+    return clip
+
+
+def random_erasing(clip, probability):
+    """Noise in one box of a clip [T, 3, H, W], uint8: the same box in all frames, a third of the area at most."""
+    if torch.rand(()) >= probability:
+        return clip
+    T, _, H, W = clip.shape
+    for _ in range(10):                                 # until the box fits
+        area = H * W * torch.empty(()).uniform_(0.02, 1 / 3).item()
+        ratio = math.exp(torch.empty(()).uniform_(math.log(0.3), math.log(1 / 0.3)).item())
+        h, w = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < h < H and 0 < w < W:
+            y, x = torch.randint(H - h + 1, ()).item(), torch.randint(W - w + 1, ()).item()
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+            clip = clip.clone()
+            clip[:, :, y:y + h, x:x + w] = ((torch.randn(T, 3, h, w) * std + mean).clamp(0, 1) * 255).byte()
+            return clip
+    return clip
+
+
+def finetuning_clip(clip, size, flip, crop_area, augment, erase):
+    """[T, 3, H, W] -> [T, 3, size, size]: RandAugment, random resized crop, flip, random erasing."""
+    clip = rand_augment(clip, *augment)
+    clip = RandomResizedCrop(size, scale=crop_area, ratio=(3 / 4, 4 / 3), antialias=True)(clip)
+    clip = clip.flip(-1) if flip and torch.rand(()) < 0.5 else clip
+    return random_erasing(clip, erase)
 
 
 def normalise(clips, device):
@@ -368,6 +462,25 @@ def collate(items):
     clips, labels, failures = zip(*items)
     repeats = len(clips[0])
     return torch.cat(clips), torch.tensor(labels).repeat_interleave(repeats), sum(failures, [])
+
+
+class Views(Dataset):
+    """All test views of listed videos. Item i -> (i, views uint8 [V, 3, T, S, S], None), or, since evaluation
+    never substitutes, (i, None, reason) for an unreadable video. One decode serves all views."""
+
+    def __init__(self, entries, choose, size, crops):
+        self.entries, self.choose, self.size, self.crops = entries, choose, size, crops
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        try:
+            clips = read_clips(self.entries[i][0], self.choose)
+        except UnreadableVideo as error:
+            return i, None, str(error)
+        views = torch.cat([spatial_views(clip.permute(0, 3, 1, 2), self.size, self.crops) for clip in clips])
+        return i, views.transpose(1, 2), None
 
 
 class TrainingOrder(Sampler):

@@ -98,8 +98,12 @@ def load_config(arguments, stage):
                 set_key(config, section, key, text if is_text else yaml.safe_load(text))
             except yaml.YAMLError:
                 raise SystemExit(f"'{argument}': the value is not YAML") from None
-    output = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
-    config["run"]["output"] = output
+    model_names = [name for name in names if set(presets[name]) - {"finetune"}]     # `toy linear` probes toy's pretraining
+    pretrained = f"runs/{'-'.join(model_names)}/pretrain/last.pt"
+    if config["finetune"]["init"] == "auto":
+        config["finetune"]["init"] = pretrained if Path(pretrained).exists() else "scratch"
+    config["finetune"]["init"] = config["finetune"]["init"].replace("{pretrained}", pretrained)
+    config["run"]["output"] = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
     if "--show" in arguments:
         print(yaml.safe_dump(config, sort_keys=False, default_flow_style=None), end="")
         raise SystemExit(0)
@@ -227,22 +231,30 @@ def stop_on_signals():
     return received
 
 
-def save_checkpoint(output, content):
-    """Write output/last.pt, complete or not at all; the one before stays as previous.pt."""
-    last, temporary = Path(output, "last.pt"), Path(output, "last.pt.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if last.exists():
-        last.replace(last.with_name("previous.pt"))
-    temporary.replace(last)
-
-
-def load_checkpoint(path):
-    """The content of a checkpoint: tensors and plain values, nothing that executes. SystemExit if unreadable."""
+def save_checkpoint(path, content):
+    """Write a checkpoint, complete or not at all. Of last.pt the one before stays, as previous.pt."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:            # torch says RuntimeError when the disk is full
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise SystemExit(f"{path} could not be written ({str(error).splitlines()[0]}); the checkpoint before it is kept. "
+                         "Is the disk full? Make room and run the same command again") from None
+    if path.name == "last.pt" and path.exists():
+        path.replace(path.with_name("previous.pt"))
+    temporary.replace(path)
+
+
+def load_checkpoint(path, allowed=()):
+    """The content of a checkpoint: tensors, plain values and the classes `allowed`, nothing that executes.
+    SystemExit if it is unreadable."""
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path}: there is no such checkpoint") from None
     except Exception as error:                          # torch raises half a dozen kinds for a damaged file
@@ -464,7 +476,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             if stopping or epoch_ends or time.monotonic() - saved_at > 60 * run["save_minutes"]:
                 saved_at = time.monotonic()
                 if process.rank == 0:
-                    save_checkpoint(output, dict(
+                    save_checkpoint(output / "last.pt", dict(
                         model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                         step=step + 1, tried=tried, unreadable=unreadable, config=config))
             if stopping:
@@ -489,12 +501,12 @@ def main():
     frames, size, repeats = config["model"]["frames"], config["model"]["size"], settings["clips_per_video"]
     videos, val_videos = (data.Videos(
         entries, partial(data.dense_clips, frames=frames, stride=config["data"]["stride"], clips=repeats),
-        partial(data.pretraining_clip, size=size, flip=config["data"]["flip"]), run["seed"]) for entries in (train, val or train))
+        partial(data.pretraining_clip, size=size, flip=settings["flip"]), run["seed"]) for entries in (train, val or train))
     if process.rank == 0:
         total, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
         print(f"ARVideo pretraining\n"
               f"  data       {len(videos)} videos; clips of {frames} frames at stride {config['data']['stride']}, {size} x {size}, "
-              f"flip {'on' if config['data']['flip'] else 'off'}\n"
+              f"flip {'on' if settings['flip'] else 'off'}\n"
               f"  model      {total:.1f} M parameters, {encoder:.1f} M of them in the encoder; of {len(model.encoder.positions)} tokens "
               f"{model.encoder_mask.shape[0]} enter the encoder and {model.decoder_mask.shape[0]} are predicted; order {model.order}")
 

@@ -138,7 +138,7 @@ def test_random_order_is_a_permutation_of_its_own_for_every_sample():
 @pytest.mark.parametrize("self_attention", [False, True])
 def test_causality_bit_for_bit(order, self_attention):
     model = small_model(order=order, decoder_self_attention=self_attention)
-    B, M, K = 2, 8, 4
+    B, M = 2, 8
     cubes = video_to_cubes(torch.randn(B, 3, 4, 16, 16), model.cube)
     places, visible = model.draw(B)
     seen, target = model.line_up(places, visible)

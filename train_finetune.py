@@ -1,0 +1,338 @@
+"""
+Fine-tune or probe a pretrained encoder, and test it on several views of every video (section 4; protocol.md).
+
+    python train_finetune.py [PRESET ...] [section.key=value ...]                   after train_pretrain.py of that preset
+    python train_finetune.py k400 linear                                            a linear probe
+    python train_finetune.py k400 finetune.test_only=true                           the test alone
+    torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2         eight GPUs
+
+Writes last.pt, best.pt (the best on validation), log.jsonl, results.json, predictions.csv and, where classes
+are few, confusion.png to run.output.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.ops import StochasticDepth
+from torchvision.transforms.v2 import CutMix, MixUp
+from torchvision.tv_tensors import Video
+from tqdm import tqdm
+
+import data
+from arvideo import DecoderBlock, Encoder, blocks_per_axis, initialise, layer_norm
+from train_pretrain import (adamw, fit, ignore_signals, load_checkpoint, load_config, mixed_precision, nearest,
+                            one_sentence, read_lists, save_checkpoint, start_process)
+
+# The keys of section `model` that make an encoder, with or without a decoder
+ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
+LEFT_BEHIND = ("decoder.", "encoder_to_decoder.", "mask_token", "norm.")        # of pretraining; transfer has no use for them
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models
+
+
+def encoder_arguments(model):
+    """Encoder's arguments from config.yaml's section `model`. Raises ValueError where sizes do not fit."""
+    frames, size, cube = model["frames"], model["size"], tuple(model["cube"])
+    return dict(grid=blocks_per_axis((frames, size, size), cube, "cube"), cube=cube,
+                **{key: model[key] for key in ("width", "depth", "heads", "mlp_ratio", "positions", "checkpointing")})
+
+
+def linear_head(width, classes):
+    head = nn.Linear(width, classes)
+    nn.init.normal_(head.weight, std=0.02 * 0.001)      # VideoMAE: all classes about equally likely at first
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class Classifier(Encoder):
+    """The encoder without a mask, the mean over its tokens, a new norm and a linear head; VideoMAE's names."""
+
+    def __init__(self, classes, drop_path, head_dropout, **encoder):
+        super().__init__(**encoder)
+        self.norm = nn.Identity()                       # the pretrained final norm is discarded
+        for i, block in enumerate(self.blocks):
+            block.drop_path = StochasticDepth(drop_path * i / max(len(self.blocks) - 1, 1), "row")
+        self.fc_norm = layer_norm(self.width)
+        self.dropout = nn.Dropout(head_dropout)
+        self.head = linear_head(self.width, classes)
+
+    def forward(self, video):
+        """[B, 3, T, H, W] -> logits [B, classes]"""
+        return self.head(self.dropout(self.fc_norm(self.features(video).mean(1))))
+
+
+class Probe(nn.Module):
+    """A frozen encoder and a small head on its last layer: norm and linear on the mean token, or, attentive,
+    one learned query that attends to all tokens, with an MLP (V-JEPA's evaluation)."""
+
+    def __init__(self, classes, attentive, **encoder):
+        super().__init__()
+        self.encoder = Encoder(**encoder).requires_grad_(False)
+        width = encoder["width"]
+        self.norm = layer_norm(width)
+        self.attentive = attentive
+        if attentive:
+            self.query = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
+            self.pool = DecoderBlock(width, encoder["heads"], encoder["mlp_ratio"], self_attention=False).apply(initialise)
+        self.head = linear_head(width, classes)
+
+    def forward(self, video):
+        """[B, 3, T, H, W] -> logits [B, classes]"""
+        with torch.no_grad():
+            tokens = self.encoder.features(video)                                   # [B, N, D]
+        if not self.attentive:
+            return self.head(self.norm(tokens.mean(1)))
+        query = self.query.expand(len(tokens), -1, -1)                              # [B, 1, D]
+        return self.head(self.pool(query, self.norm(tokens), None, 1).squeeze(1))
+
+
+def layer_decay(depth, decay):
+    """scale(parameter name): 1 for the head, `decay` less for every layer below it, least for the cube embedding."""
+    def scale(name):
+        layer = 0 if name.startswith("patch_embed.") else depth + 1
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        return decay ** (depth + 1 - layer)
+    return scale
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights to start from
+
+
+def load_weights(model, path, config):
+    """Load a checkpoint of ours or VideoMAE's into a Classifier or a Probe; returns a sentence on what was
+    taken, and whether that is everything, the head included.
+
+    Strict: only the head and its norm may be new. SystemExit lists what is missing, unexpected or of another
+    shape, and says which size differs where the file tells.
+    """
+    content = load_checkpoint(path, allowed=[argparse.Namespace])       # VideoMAE's files hold one beside the weights
+    state = content.get("model", content.get("module")) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise SystemExit(f"{path}: there are no weights under the key `model`")
+    saved = content.get("config", {}).get("model", {})
+    differing = [f"model.{key} is {config['model'][key]}, the checkpoint's {saved[key]}"
+                 for key in ENCODER_KEYS if key in saved and saved[key] != config["model"][key]]
+    if differing:
+        raise SystemExit(f"{path} holds another model: {'; '.join(differing)}")
+
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if own == {name: tensor.shape for name, tensor in state.items()}:
+        model.load_state_dict(state)
+        return f"all weights, the classifier's too, from {path}", True
+
+    encoder = model.encoder if isinstance(model, Probe) else model
+    wanted = {name: shape for name, shape in ((n, t.shape) for n, t in encoder.state_dict().items())
+              if not name.startswith(("fc_norm.", "head."))}
+    inside = {name.removeprefix("encoder."): tensor for name, tensor in state.items()       # pretraining's, or a probe's
+              if name.startswith("encoder.")} or {n: t for n, t in state.items() if not n.startswith(("fc_norm.", "head."))}
+    outside = [name for name in state if name not in inside and not name.startswith("encoder.")]
+    left = sorted({name.split(".")[0] for name in [*outside, *(set(inside) - set(wanted))]})
+    problems = {
+        "missing": sorted(set(wanted) - set(inside)),
+        "unexpected": [name for name in [*sorted(set(inside) - set(wanted)), *outside]
+                       if not name.startswith((*LEFT_BEHIND, "fc_norm.", "head."))],
+        "of another shape": [f"{name} {list(inside[name].shape)} instead of {list(shape)}" for name, shape in wanted.items()
+                             if name in inside and inside[name].shape != shape],
+    }
+    if any(problems.values()):
+        raise SystemExit(f"{path} does not fit this model: "
+                         + "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names))
+    encoder.load_state_dict({name: inside[name] for name in wanted}, strict=False)
+    return f"{len(wanted)} tensors of the encoder from {path}; left behind: {', '.join(left) or 'nothing'}; new: the head", False
+
+
+# ---------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, entries, config, process, autocast, clips, crops):
+    """[(i, probabilities [classes] or None, reason or None), ...] for every video, in the first process; [] elsewhere.
+
+    A video's probabilities are the mean over its clips x crops views of each view's softmax. Each process
+    takes every world-th video: none is padded or counted twice. Unreadable ones have no probabilities.
+    """
+    settings, frames = config["finetune"], config["model"]["frames"]
+    choose = (partial(data.segment_views, frames=frames, clips=clips) if settings["sampling"] == "segments" else
+              partial(data.dense_views, frames=frames, stride=config["data"]["stride"], clips=clips))
+    at_once = config["run"]["max_batch"] or max(1, settings["batch"] // process.world)          # views
+    loader = DataLoader(data.Views(entries, choose, config["model"]["size"], crops), max(1, at_once // (clips * crops)),
+                        sampler=range(process.rank, len(entries), process.world), collate_fn=list,
+                        num_workers=config["run"]["workers"], worker_init_fn=ignore_signals)
+    results = []
+    model.eval()
+    for items in tqdm(loader, desc="testing", unit="batch", leave=False, disable=process.rank > 0):
+        readable = [i for i, views, _ in items if views is not None]
+        if readable:
+            views = torch.cat([views for _, views, _ in items if views is not None])            # [n V, 3, T, S, S]
+            with autocast():
+                logits = torch.cat([model(data.normalise(part, process.device)) for part in views.split(at_once)])
+            probabilities = logits.float().softmax(1).unflatten(0, (len(readable), -1)).mean(1).cpu()
+            results += [(i, p, None) for i, p in zip(readable, probabilities)]
+        results += [(i, None, reason) for i, views, reason in items if views is None]
+    if process.world > 1:
+        gathered = [None] * process.world if process.rank == 0 else None
+        dist.gather_object(results, gathered)
+        results = sum(gathered, []) if process.rank == 0 else []
+    return sorted(results, key=lambda result: result[0])
+
+
+def accuracy(results, entries, classes):
+    """top-1, top-5 and per-class accuracy in percent; an unreadable video counts as wrong."""
+    ranks = {i: p.argsort(descending=True).tolist().index(entries[i][1]) for i, p, _ in results if p is not None}
+    per_class = {}
+    for c, name in enumerate(classes):
+        own = [ranks.get(i, len(classes)) == 0 for i, _, _ in results if entries[i][1] == c]
+        if own:
+            per_class[name] = 100 * sum(own) / len(own)
+    return dict(top1=100 * sum(rank == 0 for rank in ranks.values()) / len(results),
+                top5=100 * sum(rank < 5 for rank in ranks.values()) / len(results),
+                videos=len(results), unreadable=[reason for _, _, reason in results if reason], per_class=per_class)
+
+
+def write_results(output, results, entries, classes, **about):
+    """results.json, predictions.csv and, for up to 50 classes, confusion.png (rows: true class). Returns the former."""
+    scores = {**accuracy(results, entries, classes), **about}
+    (output / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    with open(output / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "label"] + [f"{what}{n}" for n in range(1, 6) for what in ("class", "probability")])
+        for i, p, _ in results:
+            top = [] if p is None else zip(*p.topk(min(5, len(classes))))
+            table.writerow([entries[i][0], classes[entries[i][1]],
+                            *(cell for value, c in top for cell in (classes[c], f"{value:.4f}"))])
+    if len(classes) <= 50:
+        counts = torch.zeros(len(classes), len(classes))
+        for i, p, _ in results:
+            if p is not None:
+                counts[entries[i][1], p.argmax()] += 1
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        pixels = (255 * (1 - shares)).byte().repeat_interleave(24, 0).repeat_interleave(24, 1)
+        Image.fromarray(pixels.numpy()).save(output / "confusion.png")
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+
+def labelled_lists(config, process):
+    """(training videos, validation videos, class names), every video with a label below the number of classes."""
+    train, val, classes = read_lists(config, process)
+    for name, entries in (("data.train", train), ("data.val", val)):
+        if not entries:
+            raise SystemExit(f"{name} is empty: fine-tuning needs a training and a validation list")
+        if entries[0][1] is None:
+            raise SystemExit(f"{name}={config['data'][name[5:]]} has no labels: fine-tuning needs lines `path label`")
+    classes = classes or [str(c) for c in range(max(label for _, label in train) + 1)]
+    for path, label in train + val:
+        if label >= len(classes):
+            raise SystemExit(f"{path} has the label {label}, but there are {len(classes)} classes, 0 to {len(classes) - 1}")
+    return train, val, classes
+
+
+def build_model(config, classes):
+    settings, encoder = config["finetune"], encoder_arguments(config["model"])
+    if settings["probe"] == "none":
+        return Classifier(classes, settings["drop_path"], settings["head_dropout"], **encoder)
+    if settings["probe"] in ("linear", "attentive"):
+        return Probe(classes, settings["probe"] == "attentive", **encoder)
+    raise nearest(settings["probe"], ["none", "linear", "attentive"], "finetune.probe")
+
+
+def start_from(model, config):
+    """Load what finetune.init names, or the last checkpoint for a test alone; returns a sentence on the origin."""
+    init, last = config["finetune"]["init"], Path(config["run"]["output"], "last.pt")
+    if config["finetune"]["test_only"] and last.exists():
+        init = str(last)
+    if init != "scratch":
+        sentence, complete = load_weights(model, init, config)
+        if complete or not config["finetune"]["test_only"]:
+            return sentence
+    if config["finetune"]["test_only"]:
+        raise SystemExit(f"finetune.test_only: there is no classifier to test, neither {last} nor in finetune.init={init}")
+    return "scratch"
+
+
+def main():
+    config = load_config(sys.argv[1:], "finetune")
+    run, settings, output = config["run"], config["finetune"], Path(config["run"]["output"])
+    process = start_process(run)
+    precision = autocast, _ = mixed_precision(run["precision"], process.device)
+    torch.manual_seed(run["seed"])
+    with one_sentence():
+        train, val, classes = labelled_lists(config, process)
+        model = build_model(config, len(classes)).to(process.device)
+    origin = start_from(model, config)
+    frames, size, stride = config["model"]["frames"], config["model"]["size"], config["data"]["stride"]
+    if process.rank == 0:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        print(f"ARVideo {'fine-tuning' if settings['probe'] == 'none' else settings['probe'] + ' probe'}\n"
+              f"  data       {len(train)} videos to train, {len(val)} to test, {len(classes)} classes; {settings['sampling']} clips of "
+              f"{frames} frames{f' at stride {stride}' if settings['sampling'] == 'dense' else ''}, {size} x {size}, "
+              f"flip {'on' if settings['flip'] else 'off'}\n"
+              f"  model      {trained:.1f} M parameters to train\n"
+              f"  start      {origin}")
+
+    repeats = settings["clips_per_video"]
+    choose = (partial(data.segment_clips, frames=frames, clips=repeats) if settings["sampling"] == "segments" else
+              partial(data.dense_clips, frames=frames, stride=stride, clips=repeats))
+    augment = partial(data.finetuning_clip, size=size, flip=settings["flip"], crop_area=settings["crop_area"],
+                      augment=settings["rand_augment"], erase=settings["erase"])
+    mixes = [mix(alpha=settings[key], num_classes=len(classes)) for mix, key in ((MixUp, "mixup"), (CutMix, "cutmix"))
+             if settings[key] > 0]
+
+    def loss_of(forward, batch, step, rows):
+        # Mixing, drop path and dropout depend on the step and the rows alone, so that a resumed run repeats them
+        torch.manual_seed(((run["seed"] * 1_000_003 + step) * 1_000_003 + int(rows[0])) % 2**63)
+        clips, labels = data.normalise(batch[0], process.device), batch[1].to(process.device)
+        if mixes:
+            apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()      # neighbours, which mix, are different videos
+            mix = mixes[torch.randint(len(mixes), ()).item()]
+            clips, labels = mix(Video(clips[apart]), labels[apart])
+        logits = forward(clips.as_subclass(torch.Tensor))
+        return F.cross_entropy(logits.float(), labels, label_smoothing=settings["label_smoothing"])
+
+    def validate(epoch, last):
+        results = evaluate(model, val, config, process, autocast, clips=1, crops=1)
+        if process.rank == 0:
+            scores, best = accuracy(results, val, classes), output / "best.pt"
+            tqdm.write(f"epoch {epoch}: validation top-1 {scores['top1']:.1f} %, top-5 {scores['top5']:.1f} %")
+            if not best.exists() or scores["top1"] > load_checkpoint(best)["top1"]:
+                save_checkpoint(best, dict(model=model.state_dict(), config=config, epoch=epoch, top1=scores["top1"]))
+
+    if not settings["test_only"]:
+        scale = layer_decay(config["model"]["depth"], settings["layer_decay"])
+        optimizer = adamw(model, settings, process.device, scale if settings["probe"] == "none" else lambda name: 1.0)
+        fit(config, "finetune", process, precision, model, data.Videos(train, choose, augment, run["seed"]), optimizer, loss_of, validate)
+        origin = f"{output / 'last.pt'}, the last weights"
+
+    clips, crops = settings["test_clips"], settings["test_crops"]
+    results = evaluate(model, val, config, process, autocast, clips, crops)
+    if process.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        scores = write_results(output, results, val, classes, views=f"{clips} clips x {crops} crops", weights=origin)
+        print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['videos']} videos, {len(scores['unreadable'])} "
+              f"of them unreadable and counted as wrong; {scores['views']}; see {output}/results.json")
+        for reason in scores["unreadable"]:
+            print(f"unreadable: {reason}")
+    if process.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
