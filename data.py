@@ -513,7 +513,7 @@ class TrainingOrder(Sampler):
 
 
 TOY_CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "growing", "shrinking")
-TOY_FRAMES, TOY_SIZE, TOY_CLIPS = 12, 40, {"train": 4000, "val": 800}
+TOY_FRAMES, TOY_SIZE, TOY_CLIPS = 12, 40, {"train": 4000, "val": 400}
 
 
 def toy_clip(motion, generator):
@@ -522,15 +522,14 @@ def toy_clip(motion, generator):
     Place, angle and zoom in mid-clip are random for every class and only the class's own motion changes
     them, so that no single frame tells the class.
     """
-    texture = sum(F.interpolate(torch.randn(1, 3, n, n, generator=generator), size=(128, 128), mode="bicubic") * 2 / n ** 0.5
-                  for n in (4, 8, 16, 32))
+    texture = sum(F.interpolate(torch.randn(1, 1, n, n, generator=generator), size=(128, 128), mode="bicubic") for n in (8, 16, 32))
     texture = (texture / texture.std() * 0.2 + 0.5).clamp(0, 1)
     x, y, turn, zoom, speed = torch.rand(5, generator=generator).tolist()
     time = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)   # steps; negative before mid-clip
     sign, still = (-1 if motion % 2 else 1), torch.zeros(TOY_FRAMES)
-    shift = 1.6 * sign * time                                                       # pixels
-    angle = 2 * math.pi * turn - (0.1 * sign * time if motion in (4, 5) else still)             # radians
-    scale = 0.9 * (zoom - 0.5) + (0.05 * sign * time if motion in (6, 7) else still)            # log of the zoom
+    shift = 1.8 * sign * time                                                       # pixels
+    angle = 2 * math.pi * turn - (0.17 * sign * time if motion in (4, 5) else still)             # radians
+    scale = 0.9 * (zoom - 0.5) + (0.07 * sign * time if motion in (6, 7) else still)            # log of the zoom
     radius = torch.exp(-scale) * TOY_SIZE / 128         # half the window, where the texture spans -1 to 1
     window = F.affine_grid(torch.eye(2, 3)[None], (1, 1, TOY_SIZE, TOY_SIZE), align_corners=False)[0]   # [S, S, 2]
     window = window * radius.view(-1, 1, 1, 1)                                      # [T, S, S, 2]
@@ -541,7 +540,7 @@ def toy_clip(motion, generator):
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
     window = torch.stack((cos * window[..., 0] - sin * window[..., 1], sin * window[..., 0] + cos * window[..., 1]), -1)
     window = window + (torch.tensor([x, y]) - 0.5) * 0.4
-    frames = F.grid_sample(texture.expand(TOY_FRAMES, -1, -1, -1), window, padding_mode="reflection", align_corners=False)
+    frames = F.grid_sample(texture.expand(TOY_FRAMES, 3, -1, -1), window, padding_mode="reflection", align_corners=False)
     return (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 

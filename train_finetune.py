@@ -108,6 +108,15 @@ def layer_decay(depth, decay):
     return scale
 
 
+def build_model(config, classes):
+    settings, encoder = config["finetune"], encoder_arguments(config["model"])
+    if settings["probe"] == "none":
+        return Classifier(classes, settings["drop_path"], settings["head_dropout"], **encoder)
+    if settings["probe"] in ("linear", "attentive"):
+        return Probe(classes, settings["probe"] == "attentive", **encoder)
+    raise nearest(settings["probe"], ["none", "linear", "attentive"], "finetune.probe")
+
+
 # ---------------------------------------------------------------------------------------------------
 # Weights to start from
 
@@ -159,6 +168,16 @@ def load_weights(model, path, config):
 # Evaluation
 
 
+def sampler(config, dense, segments, clips):
+    """The function that chooses frame numbers: `dense` or `segments`, as finetune.sampling says, for `clips` clips."""
+    frames, sampling = config["model"]["frames"], config["finetune"]["sampling"]
+    if sampling == "dense":
+        return partial(dense, frames=frames, stride=config["data"]["stride"], clips=clips)
+    if sampling == "segments":
+        return partial(segments, frames=frames, clips=clips)
+    raise nearest(sampling, ["dense", "segments"], "finetune.sampling")
+
+
 @torch.no_grad()
 def evaluate(model, entries, config, process, autocast, clips, crops):
     """[(i, probabilities [classes] or None, reason or None), ...] for every video, in the first process; [] elsewhere.
@@ -166,10 +185,8 @@ def evaluate(model, entries, config, process, autocast, clips, crops):
     A video's probabilities are the mean over its clips x crops views of each view's softmax. Each process
     takes every world-th video: none is padded or counted twice. Unreadable ones have no probabilities.
     """
-    settings, frames = config["finetune"], config["model"]["frames"]
-    choose = (partial(data.segment_views, frames=frames, clips=clips) if settings["sampling"] == "segments" else
-              partial(data.dense_views, frames=frames, stride=config["data"]["stride"], clips=clips))
-    at_once = config["run"]["max_batch"] or max(1, settings["batch"] // process.world)          # views
+    choose = sampler(config, data.dense_views, data.segment_views, clips)
+    at_once = config["run"]["max_batch"] or max(1, config["finetune"]["batch"] // process.world)          # views
     loader = DataLoader(data.Views(entries, choose, config["model"]["size"], crops), max(1, at_once // (clips * crops)),
                         sampler=range(process.rank, len(entries), process.world), collate_fn=list,
                         num_workers=config["run"]["workers"], worker_init_fn=ignore_signals)
@@ -245,15 +262,6 @@ def labelled_lists(config, process):
     return train, val, classes
 
 
-def build_model(config, classes):
-    settings, encoder = config["finetune"], encoder_arguments(config["model"])
-    if settings["probe"] == "none":
-        return Classifier(classes, settings["drop_path"], settings["head_dropout"], **encoder)
-    if settings["probe"] in ("linear", "attentive"):
-        return Probe(classes, settings["probe"] == "attentive", **encoder)
-    raise nearest(settings["probe"], ["none", "linear", "attentive"], "finetune.probe")
-
-
 def start_from(model, config):
     """Load what finetune.init names, or the last checkpoint for a test alone; returns a sentence on the origin."""
     init, last = config["finetune"]["init"], Path(config["run"]["output"], "last.pt")
@@ -277,6 +285,7 @@ def main():
     with one_sentence():
         train, val, classes = labelled_lists(config, process)
         model = build_model(config, len(classes)).to(process.device)
+        choose = sampler(config, data.dense_clips, data.segment_clips, settings["clips_per_video"])
     origin = start_from(model, config)
     frames, size, stride = config["model"]["frames"], config["model"]["size"], config["data"]["stride"]
     if process.rank == 0:
@@ -289,8 +298,6 @@ def main():
               f"  start      {origin}")
 
     repeats = settings["clips_per_video"]
-    choose = (partial(data.segment_clips, frames=frames, clips=repeats) if settings["sampling"] == "segments" else
-              partial(data.dense_clips, frames=frames, stride=stride, clips=repeats))
     augment = partial(data.finetuning_clip, size=size, flip=settings["flip"], crop_area=settings["crop_area"],
                       augment=settings["rand_augment"], erase=settings["erase"])
     mixes = [mix(alpha=settings[key], num_classes=len(classes)) for mix, key in ((MixUp, "mixup"), (CutMix, "cutmix"))

@@ -258,7 +258,7 @@ def load_checkpoint(path, allowed=()):
     except FileNotFoundError:
         raise SystemExit(f"{path}: there is no such checkpoint") from None
     except Exception as error:                          # torch raises half a dozen kinds for a damaged file
-        raise SystemExit(f"{path}: this is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        raise SystemExit(f"{path}: this is not a readable checkpoint ({(str(error) or repr(error)).splitlines()[0]})") from None
 
 
 def last_checkpoint(output, resume):
