@@ -38,7 +38,7 @@ ORDERS = ("random", "spatial-first", "temporal-first")
 def blocks_per_axis(whole, block, what):
     """How many blocks of size `block` (t, h, w) fill `whole` (t, h, w). ValueError if they do not fit."""
     for axis, total, size in zip(("frames", "height", "width"), whole, block):
-        if size < 1 or total % size:
+        if size < 1 or total < 1 or total % size:
             raise ValueError(f"{what} {list(block)} does not divide {list(whole)} along the {axis}: "
                              f"{total} is not a multiple of {size}")
     return tuple(total // size for total, size in zip(whole, block))

@@ -136,6 +136,13 @@ def number(source, entries, classes):
     return [(stem, numbers[label]) for stem, label in entries]
 
 
+def find(name, folders):
+    """The file `name` below one of the folders, or what `shrink` made of it, or None."""
+    variants = [name, Path(name).with_suffix(".mp4")] if Path(name).suffix.lower() in VIDEO_SUFFIXES else [name]
+    places = (folder / variant for folder in folders for variant in variants)
+    return next((path for path in places if path.is_file()), None)
+
+
 def read_list(source, text, root, classes, quiet):
     """Lines `path label` or, for pretraining, `path`; paths may hold spaces. classes.txt beside it names the classes."""
     entries = []
@@ -148,9 +155,10 @@ def read_list(source, text, root, classes, quiet):
         if entries and (label is None) != (entries[0][2] is None):
             raise ValueError(f"{source}:{line_number}: expected `path{' label' if label is None else ''}`, "
                              f"as in the lines before, found: {line.strip()[:200]}")
-        places = (folder / variant for folder in (root, source.parent)
-                  for variant in (Path(name), Path(name).with_suffix(".mp4")))      # what shrink writes is .mp4
-        entries.append((next((path for path in places if path.is_file()), None), name, label and int(label)))
+        path = find(name, (root, source.parent))
+        if path is None and label is None and find(line.strip().rpartition(" ")[0], (root, source.parent)):
+            raise ValueError(f"{source}:{line_number}: the label is not a number: {line.strip()[:200]}")
+        entries.append((path, name, label and int(label)))
     names = source.with_name("classes.txt")
     if classes is None and names.is_file():
         classes = names.read_text(encoding="utf-8").split("\n")
@@ -514,17 +522,18 @@ class TrainingOrder(Sampler):
 
 TOY_CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "growing", "shrinking")
 TOY_FRAMES, TOY_SIZE, TOY_CLIPS = 12, 40, {"train": 4000, "val": 400}
+TOY_ROOT = Path("data/toy")
 
 
 def toy_clip(motion, generator):
     """uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3]: a window that moves steadily over a texture of several octaves.
 
-    Place, angle and zoom in mid-clip are random for every class and only the class's own motion changes
-    them, so that no single frame tells the class.
+    Place, angle, zoom, brightness and contrast in mid-clip are random for every class and only the class's own
+    motion changes them, so that no single frame tells the class.
     """
     texture = sum(F.interpolate(torch.randn(1, 1, n, n, generator=generator), size=(128, 128), mode="bicubic") for n in (8, 16, 32))
-    texture = (texture / texture.std() * 0.2 + 0.5).clamp(0, 1)
-    x, y, turn, zoom, speed = torch.rand(5, generator=generator).tolist()
+    x, y, turn, zoom, speed, brightness, contrast = torch.rand(7, generator=generator).tolist()
+    texture = (texture / texture.std() * (0.06 + 0.2 * contrast) + 0.35 + 0.3 * brightness).clamp(0, 1)
     time = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)   # steps; negative before mid-clip
     sign, still = (-1 if motion % 2 else 1), torch.zeros(TOY_FRAMES)
     shift = 1.8 * sign * time                                                       # pixels
@@ -557,7 +566,7 @@ def write_video(path, frames):
         container.mux(stream.encode())
 
 
-def make_toy_set(root, clips=TOY_CLIPS, seed=0):
+def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
     """Write the toy set below the folder `root` unless it is there: train.txt, val.txt, classes.txt, videos.
 
     It appears complete or not at all: it is written under another name and renamed.
@@ -688,7 +697,7 @@ def main():
     options = parser.parse_args()
 
     import train_pretrain       # not at the top: it imports this module
-    with train_pretrain.one_sentence():
+    with train_pretrain.one_sentence(ValueError):
         if options.command == "shrink":
             reasons = shrink(options.source, options.target, options.short_side, options.key_frames, options.workers)
         else:

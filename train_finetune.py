@@ -282,7 +282,7 @@ def main():
     process = start_process(run)
     precision = autocast, _ = mixed_precision(run["precision"], process.device)
     torch.manual_seed(run["seed"])
-    with one_sentence():
+    with one_sentence(ValueError):
         train, val, classes = labelled_lists(config, process)
         model = build_model(config, len(classes)).to(process.device)
         choose = sampler(config, data.dense_clips, data.segment_clips, settings["clips_per_video"])

@@ -9,11 +9,13 @@ Pretrain ARVideo: configuration, processes, the training loop, checkpoints and p
 The same command goes on from the last checkpoint in run.output.
 """
 
+import atexit
 import contextlib
 import difflib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -38,6 +40,26 @@ CONFIG = Path(__file__).with_name("config.yaml")
 
 # ---------------------------------------------------------------------------------------------------
 # Configuration
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML without code, in which a key that stands twice is an error instead of a silent choice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key, (place, _) in zip(keys, node.value):
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=place.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_config_file():
+    """config.yaml as it stands there: sections and presets. SystemExit names the line of a mistake."""
+    try:
+        return yaml.load(CONFIG.read_text(encoding="utf-8"), StrictLoader)
+    except (OSError, yaml.MarkedYAMLError) as error:
+        line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise SystemExit(f"{CONFIG}{line}: {getattr(error, 'problem', error)}") from None
 
 
 def nearest(name, known, what):
@@ -71,7 +93,7 @@ def load_config(arguments, stage):
 
     Prints and exits for --help and --show; SystemExit names what is unknown or of the wrong kind.
     """
-    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    config = read_config_file()
     presets = config.pop("presets")
     if {"-h", "--help"} & set(arguments):
         print(f"usage: python train_{stage}.py [PRESET ...] [section.key=value ...] [--show]\n\n"
@@ -111,13 +133,26 @@ def load_config(arguments, stage):
 
 
 @contextlib.contextmanager
-def one_sentence():
-    """Turn an error that the user can mend into its message and exit status 1, without a traceback."""
+def one_sentence(*kinds):
+    """Turn errors that the user can mend, and those of `kinds`, into one sentence and exit status 1, without a traceback."""
     try:
         yield
-    except (ValueError, OSError, data.UnreadableVideo) as error:
-        # A DataLoader worker's error carries its traceback in the message; the last line says what happened.
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of memory ({first_line(error)}): set run.max_batch below the videos that a process takes "
+                         "at once now, so that more is accumulated, or model.checkpointing=true") from None
+    except (data.UnreadableVideo, OSError, *kinds) as error:
+        # A worker's error carries its traceback in the message; the last line says what happened
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.UnreadableVideo: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise SystemExit(f"{first_line(error)} If the system ended it for want of memory: set run.workers lower") from None
+        if "closed by peer" in str(error) or "reset by peer" in str(error):
+            raise SystemExit("another process of this run has ended; its message says why") from None
+        raise
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -142,7 +177,11 @@ def start_process(run):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # TF32 where fp32 remains
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        except dist.DistNetworkError as error:
+            raise SystemExit(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                             f"({first_line(error)}); is the port in use? Give torchrun another --master-port") from None
         return Process(dist.get_rank(), dist.get_world_size(), device)
     return Process(0, 1, device)
 
@@ -242,7 +281,7 @@ def save_checkpoint(path, content):
     except (OSError, RuntimeError) as error:            # torch says RuntimeError when the disk is full
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise SystemExit(f"{path} could not be written ({str(error).splitlines()[0]}); the checkpoint before it is kept. "
+        raise SystemExit(f"{path} could not be written ({first_line(error)}); the checkpoint before it is kept. "
                          "Is the disk full? Make room and run the same command again") from None
     if path.name == "last.pt" and path.exists():
         path.replace(path.with_name("previous.pt"))
@@ -258,7 +297,7 @@ def load_checkpoint(path, allowed=()):
     except FileNotFoundError:
         raise SystemExit(f"{path}: there is no such checkpoint") from None
     except Exception as error:                          # torch raises half a dozen kinds for a damaged file
-        raise SystemExit(f"{path}: this is not a readable checkpoint ({(str(error) or repr(error)).splitlines()[0]})") from None
+        raise SystemExit(f"{path}: this is not a readable checkpoint ({first_line(error)})") from None
 
 
 def last_checkpoint(output, resume):
@@ -275,8 +314,11 @@ def last_checkpoint(output, resume):
             print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
 
 
-def check_same_training(config, saved, output, stage):
+def check_same_training(config, checkpoint, output, stage):
     """SystemExit if going on with `config` would train another model, on other data or in another way."""
+    if checkpoint.get("stage") != stage:
+        raise SystemExit(f"{output} holds a run of train_{checkpoint.get('stage')}.py: choose another run.output")
+    saved = checkpoint["config"]
     free = {"data.root", "data.train", "data.val", "data.max_unreadable", f"{stage}.epochs", f"{stage}.picture_epochs"}
     differences = []
     for section in ("data", "model", stage, "run"):
@@ -359,10 +401,10 @@ def read_lists(config, process):
     root, sources = config["data"]["root"], dict(train=config["data"]["train"], val=config["data"]["val"])
     if "toy" in sources.values():
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            data.make_toy_set(root)
+            data.make_toy_set()
         if process.world > 1:
             dist.barrier()
-        sources = {split: Path(root, f"{split}.txt") if source == "toy" else source for split, source in sources.items()}
+        sources = {split: data.TOY_ROOT / f"{split}.txt" if source == "toy" else source for split, source in sources.items()}
     if not sources["train"]:
         raise SystemExit("data.train is empty: name a list, a CSV, a JSON or a folder of classes")
     quiet = process.rank > 0
@@ -376,13 +418,21 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers():
+    """At exit after an error: Python ends its children by SIGTERM, which ours ignore, and would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would report their end as a failure
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def read_batches(videos, order, at_once, accumulation, run, process):
     """A generator of lists of `accumulation` micro-batches, decoded ahead by run.workers processes."""
-    loader = DataLoader(videos, at_once, sampler=order, num_workers=run["workers"], collate_fn=data.collate,
-                        pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals)
-    micro_batches = iter(loader)
-    while True:
-        with one_sentence():
+    with one_sentence(ValueError):
+        loader = DataLoader(videos, at_once, sampler=order, num_workers=run["workers"], collate_fn=data.collate,
+                            pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals)
+        micro_batches = iter(loader)
+        atexit.register(end_workers)
+        while True:
             yield list(itertools.islice(micro_batches, accumulation))
 
 
@@ -398,8 +448,9 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     autocast, scaler = precision
     batch, repeats = settings["batch"], settings["clips_per_video"]
     at_once, accumulation = split_batch(batch, process, run["max_batch"], len(videos), f"{stage}.batch")
-    if settings["epochs"] < 1:
-        raise SystemExit(f"{stage}.epochs={settings['epochs']} trains nothing: it must be at least 1")
+    for key in ("epochs", "lr", "clips_per_video"):
+        if settings[key] <= 0:
+            raise SystemExit(f"{stage}.{key}={settings[key]} trains nothing: it must be greater than 0")
     per_epoch = len(videos) // batch
     steps, warmup = settings["epochs"] * per_epoch, settings["warmup_epochs"] * per_epoch
     peak, floor = settings["lr"] * batch / 256, settings["min_lr"] * batch / 256
@@ -408,7 +459,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     tried = unreadable = first = 0
     checkpoint = last_checkpoint(output, run["resume"])
     if checkpoint:
-        check_same_training(config, checkpoint["config"], output, stage)
+        check_same_training(config, checkpoint, output, stage)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -435,7 +486,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     reading = data.TrainingOrder(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
     stop, named, saved_at = stop_on_signals(), set(), time.monotonic()
     bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
-    with contextlib.closing(read_batches(videos, reading, at_once, accumulation, run, process)) as batches:
+    with one_sentence(), contextlib.closing(read_batches(videos, reading, at_once, accumulation, run, process)) as batches:
         for step in bar:
             model.train()
             began = time.perf_counter()
@@ -478,7 +529,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
                 if process.rank == 0:
                     save_checkpoint(output / "last.pt", dict(
                         model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        step=step + 1, tried=tried, unreadable=unreadable, config=config))
+                        stage=stage, step=step + 1, tried=tried, unreadable=unreadable, config=config))
             if stopping:
                 if process.world > 1:
                     dist.barrier()                      # nobody leaves before the first process has saved
@@ -495,7 +546,7 @@ def main():
     process = start_process(run)
     precision = autocast, _ = mixed_precision(run["precision"], process.device)
     torch.manual_seed(run["seed"])
-    with one_sentence():
+    with one_sentence(ValueError):
         model = ARVideo(**config["model"]).to(process.device)
         train, val, _ = read_lists(config, process)
     frames, size, repeats = config["model"]["frames"], config["model"]["size"], settings["clips_per_video"]

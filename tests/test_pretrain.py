@@ -182,20 +182,6 @@ def test_two_processes_equal_one(toy, reference, tmp_path):
     assert_same_training(tmp_path, train(tmp_path, *toy, processes=2)[0], reference, exact=False)
 
 
-def test_killed_and_continued_equals_uninterrupted(toy, reference, tmp_path):
-    arguments = [*TINY, *toy, f"run.output={tmp_path}", "run.save_minutes=0"]
-    process = start(arguments)
-    while not (tmp_path / "last.pt").exists() or len(log_of(tmp_path, "step")) < 2:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] < 6
-    checkpoint, printed = train(tmp_path, *toy, "run.workers=2")
-    assert "going on from step" in printed
-    assert_same_training(tmp_path, checkpoint, reference, exact=True)
-
-
 def test_a_signal_saves_first(toy, reference, tmp_path):
     process = start([*TINY, *toy, f"run.output={tmp_path}"], start_new_session=True)
     while not (tmp_path / "log.jsonl").exists() or not log_of(tmp_path, "step"):
@@ -206,15 +192,6 @@ def test_a_signal_saves_first(toy, reference, tmp_path):
     step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
     assert process.returncode == 1 and f"stopped by a signal after step {step}" in err and "Traceback" not in err
     assert_same_training(tmp_path, train(tmp_path, *toy)[0], reference, exact=True)
-
-
-def test_another_configuration_is_not_continued(toy, reference):
-    output = reference[0]
-    before = {path: path.read_bytes() for path in output.iterdir()}
-    code, out, err = run([*TINY, *toy, f"run.output={output}", "pretrain.lr=1e-3", "model.order=spatial-first", "run.workers=0"])
-    assert code == 1 and "Traceback" not in err
-    assert "pretrain.lr is 0.001, was 0.012" in err and "model.order is 'spatial-first', was 'random'" in err
-    assert "workers" not in err and before == {path: path.read_bytes() for path in output.iterdir()}
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(toy, tmp_path):
@@ -247,25 +224,3 @@ def test_mixed_precision_and_compilation_agree():
     with autocast():
         assert model(video, *draw).item() == pytest.approx(exact, rel=1e-2)
     assert torch.compile(model)(video, *draw).item() == pytest.approx(exact, rel=1e-4)
-
-
-# Bad input: one sentence, exit status 1, nothing written
-
-
-@pytest.mark.parametrize("arguments, culprit", [
-    (["data.train=nowhere.txt"], "nowhere.txt: there is no such annotation file"),
-    (["data.train="], "data.train is empty"),
-    (["data.root=/nowhere"], "/nowhere: there is no such folder of videos"),
-    (["model.cluster=[2, 4, 3]"], "cluster [2, 4, 3] does not divide"),
-    (["pretrain.batch=25"], "pretrain.batch=25 is more than the 24 videos"),
-    (["pretrain.epochs=0"], "pretrain.epochs"),
-    (["run.device=tpu"], "run.device 'tpu' is unknown"),
-    (["run.precision=fp16"], "run.precision=fp16 needs a GPU"),
-    (["run.precision=fp8"], "run.precision 'fp8' is unknown"),
-    (["run.output=README.md/run"], "README.md/run"),
-])
-def test_bad_input_is_one_sentence(toy, tmp_path, arguments, culprit, capfd):
-    output = tmp_path / "run"
-    code, out, err = run([*TINY, *toy, f"run.output={output}", *arguments])
-    assert code == 1 and culprit in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
-    assert not output.exists()

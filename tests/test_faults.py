@@ -1,0 +1,320 @@
+"""What runs of weeks meet: kills, full disks, damaged checkpoints, mistyped input. Real processes, or main() itself."""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train_finetune
+import train_pretrain
+
+ROOT = Path(__file__).parent.parent
+TINY = ["model.width=32", "model.depth=2", "model.heads=2", "model.decoder_width=24", "model.decoder_depth=1",
+        "model.decoder_heads=2", "pretrain.batch=8", "pretrain.epochs=6", "pretrain.warmup_epochs=0", "finetune.batch=8",
+        "finetune.epochs=1", "run.workers=1", "run.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy") / "set"
+    data.make_toy_set(root, {"train": 24, "val": 8})
+    return root
+
+
+def start(toy, output, *arguments, processes=0, **options):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1"]
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes else []), "train_pretrain.py", *TINY, f"data.train={toy}/train.txt",
+         f"data.val={toy}/val.txt", f"run.output={output}", *arguments],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def steps_logged(output):
+    path = Path(output, "log.jsonl")
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def outcome(output):
+    """Everything that must not depend on interruptions."""
+    checkpoint = torch.load(Path(output, "last.pt"), weights_only=True)
+    losses = [json.loads(line)["loss"] for line in Path(output, "log.jsonl").read_text().splitlines()]
+    return [checkpoint["model"], checkpoint["optimizer"]["state"], torch.tensor(losses)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy, tmp_path_factory):
+    """The outcome of 18 steps in one process and in two."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for processes in (0, 2):
+        finish(start(toy, folder / str(processes), processes=processes))
+    return {processes: outcome(folder / str(processes)) for processes in (0, 2)}
+
+
+def assert_equal(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# Kills
+
+
+def test_killed_at_random_moments_and_continued_bit_for_bit(toy, undisturbed, tmp_path):
+    """One of the kills waits for a checkpoint to be half-written."""
+    chance = random.Random(0)
+    for attempt in range(4):
+        process, reached = start(toy, tmp_path, "run.save_minutes=0", f"run.workers={attempt % 3}"), steps_logged(tmp_path)
+        goal = reached + chance.randint(2, 4)
+        while process.poll() is None and steps_logged(tmp_path) != goal:
+            time.sleep(0.001)
+        while attempt == 1 and process.poll() is None and not (tmp_path / "last.pt.tmp").exists():
+            pass
+        time.sleep(chance.random() * 0.02 if attempt != 1 else 0)
+        process.kill()
+        process.communicate()
+    finish(start(toy, tmp_path))
+    assert_equal(outcome(tmp_path), undisturbed[0])
+
+
+def test_a_killed_rank_is_restarted_by_torchrun(toy, undisturbed, tmp_path):
+    process = start(toy, tmp_path, "run.save_minutes=0", processes=2)
+    while steps_logged(tmp_path) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    out, err = finish(process)
+    assert "going on from step" in out
+    assert_equal(outcome(tmp_path), undisturbed[2])
+
+
+def test_one_process_goes_on_with_the_run_of_two(toy, undisturbed, tmp_path):
+    finish(start(toy, tmp_path, "pretrain.epochs=6", processes=2))
+    (tmp_path / "previous.pt").replace(tmp_path / "last.pt")                # after 15 of 18 steps
+    out, _ = finish(start(toy, tmp_path))
+    assert "going on from step 15" in out
+    torch.testing.assert_close(outcome(tmp_path)[0], undisturbed[0][0], rtol=1e-3, atol=2e-5)
+
+
+def test_a_second_signal_ends_at_once(toy, tmp_path):
+    process = start(toy, tmp_path, "pretrain.epochs=500")
+    while steps_logged(tmp_path) < 2:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)                                     # both signals are there before it can save
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+        process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode != 0 and (tmp_path / "last.pt").exists()
+
+
+def test_one_ranks_failure_ends_all_with_its_message(toy, tmp_path):
+    """The second rank alone meets unreadable videos: those at odd places of every step."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("hello")
+    order = [i for _, i in data.TrainingOrder(24, 8, 0, 3, 0, 1, 2)]
+    lines = [f"{toy}/train/{i:05d}.mp4" for i in range(24)]
+    for i in order[:3]:
+        lines[i] = str(broken)
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    started = time.monotonic()
+    process = start(toy, tmp_path / "run", f"data.train={tmp_path / 'list.txt'}", "pretrain.epochs=100", processes=2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and time.monotonic() - started < 60
+    assert "videos tried were unreadable, more than data.max_unreadable" in err and "broken.mp4" in err
+
+
+def test_a_worker_killed_by_the_system_is_explained(toy, tmp_path):
+    process = start(toy, tmp_path, "pretrain.epochs=500")
+    while steps_logged(tmp_path) < 2:
+        time.sleep(0.005)
+    worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]
+    os.kill(int(worker), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "set run.workers lower" in err and "Traceback" not in err
+
+
+# Disks and checkpoints
+
+
+def test_a_full_disk_is_explained_and_keeps_the_last_checkpoint(toy, undisturbed, tmp_path):
+    finish(start(toy, tmp_path, "pretrain.epochs=1"))
+    size = (tmp_path / "last.pt").stat().st_size
+    kept = (tmp_path / "last.pt").read_bytes()
+    process = start(toy, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "last.pt could not be written" in err and "Traceback" not in err
+    assert (tmp_path / "last.pt").read_bytes() == kept and not (tmp_path / "last.pt.tmp").exists()
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(toy, undisturbed, tmp_path):
+    finish(start(toy, tmp_path))
+    content = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[:len(content) // 2])
+    out, err = finish(start(toy, tmp_path))
+    assert "last.pt: this is not a readable checkpoint" in err and "going on from" in err and "previous.pt" in err
+    assert "going on from step 15" in out
+    assert_equal(outcome(tmp_path), undisturbed[0])
+
+
+def test_a_longer_schedule_other_paths_and_workers_may_go_on(toy, tmp_path):
+    finish(start(toy, tmp_path / "run", "pretrain.epochs=1"))
+    (tmp_path / "moved").symlink_to(toy)
+    out, _ = finish(start(tmp_path / "moved", tmp_path / "run", "pretrain.epochs=2", "run.workers=0", "run.save_minutes=1"))
+    assert "going on from step 3" in out and steps_logged(tmp_path / "run") == 6
+
+
+# Bad input: one sentence that names the culprit, exit status 1, nothing changed
+
+
+def refused(main, arguments, capsys):
+    """The sentence with which main() refuses the arguments; anything but SystemExit with a sentence fails the test."""
+    sys.argv = ["script", *map(str, arguments)]
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert isinstance(ended.value.code, str), capsys.readouterr()           # Python prints it and exits with status 1
+    assert len(ended.value.code.strip().splitlines()) == 1
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory):
+    """A finished pretraining run of one epoch, which nobody may change."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    finish(start(toy, output, "pretrain.epochs=1"))
+    return output
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} if folder.exists() else None
+
+
+@pytest.fixture
+def bad(tmp_path, toy, finished):
+    """A folder of bad files, named below as {bad}/..."""
+    for name, text in {
+        "empty.txt": "", "words.txt": "00001.mp4 cat\n", "gone.txt": "nothing.mp4 0\n", "high.txt": "00001.mp4 9\n",
+        "bare.txt": "00001.mp4\n", "mixed.txt": "00001.mp4 1\n00002.mp4\n", "one.txt": "00001.mp4 1\n", "broken.txt": "broken.mp4 0\n" * 8,
+        "columns.csv": "label,youtube_id\nx,y\n", "unknown.json": '[{"id": "00001", "template": "Eating [something]"}]',
+        "labels.json": '{"Holding something": "0"}', "text.pt": "hello", "empty.pt": "", "broken.mp4": "hello",
+    }.items():
+        (tmp_path / name).write_text(text)
+    for name in ("00001.mp4", "00002.mp4"):
+        (tmp_path / name).write_bytes((toy / "train" / name).read_bytes())
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    content = (finished / "last.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[:len(content) // 3])
+    torch.save({"model": Malicious()}, tmp_path / "code.pt")
+    return tmp_path
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+PRETRAIN = [
+    ("toyy", "preset 'toyy' is unknown; did you mean 'toy'"),
+    ("modle.width=3", "section 'modle' is unknown; did you mean 'model'"),
+    ("model.widht=3", "key of section model 'widht' is unknown; did you mean 'width'"),
+    ("model.width=wide", "model.width must be of kind int"),
+    ("model.cluster=[2, 4, 3]", "cluster [2, 4, 3] does not divide [4, 8, 8] along the width"),
+    ("model.cluster=[0, 4, 4]", "along the frames"),
+    ("model.order=snake", "order 'snake' is unknown"),
+    ("model.mask_ratio=1", "mask_ratio 1.0 is out of range"),
+    ("model.mask_ratio=-0.5", "mask_ratio -0.5 is out of range"),
+    ("model.mask_ratio=1.5", "mask_ratio 1.5 is out of range"),
+    ("model.heads=3", "heads 3 does not divide the width 32"),
+    ("model.frames=7", "along the frames: 7 is not a multiple of 2"),
+    ("model.frames=0", "frames"),
+    ("pretrain.epochs=0", "pretrain.epochs=0 trains nothing"),
+    ("pretrain.batch=0", "pretrain.batch=0"),
+    ("pretrain.batch=32", "pretrain.batch=32 is more than the 24 videos"),
+    ("pretrain.lr=-1.0", "pretrain.lr=-1.0"),
+    ("pretrain.clips_per_video=0", "pretrain.clips_per_video=0"),
+    ("data.train=nowhere.txt", "nowhere.txt: there is no such annotation file"),
+    ("data.train={bad}/empty.txt", "empty.txt: the annotation file is empty"),
+    ("data.train={bad}/binary.txt", "binary.txt: this is not a text file"),
+    ("data.train={bad}/gone.txt", "none of its 1 videos is under"),
+    ("data.train={bad}/broken.txt", "broken.mp4"),
+    ("data.train={bad}/words.txt", "words.txt:1: the label is not a number: 00001.mp4 cat"),
+    ("data.train={bad}/mixed.txt", "mixed.txt:2: expected `path label`"),
+    ("data.train={bad}/one.txt", "pretrain.batch=8 is more than the 1 videos"),
+    ("data.train={bad}/columns.csv", "the column time_end, time_start is missing"),
+    ("data.train={bad}/unknown.json", "the class 'Eating something' is not among"),
+    ("data.root={bad}/nowhere", "nowhere: there is no such folder"),
+    ("run.output={bad}/text.pt/run", "text.pt"),
+    ("run.output={finished} pretrain.lr=1.0", "pretrain.lr is 1.0, was 0.012"),
+    ("run.output={finished} run.resume=false", "holds a run: choose another run.output"),
+    ("run.device=tpu", "run.device 'tpu' is unknown"),
+    ("run.precision=fp16", "run.precision=fp16 needs a GPU"),
+    ("run.workers=-1", "num_workers"),
+]
+FINETUNE = [
+    ("finetune.init=nowhere.pt", "nowhere.pt: there is no such checkpoint"),
+    ("finetune.init={bad}/empty.pt", "empty.pt: this is not a readable checkpoint"),
+    ("finetune.init={bad}/text.pt", "text.pt: this is not a readable checkpoint"),
+    ("finetune.init={bad}/cut.pt", "cut.pt: this is not a readable checkpoint"),
+    ("finetune.init={bad}/code.pt", "code.pt: this is not a readable checkpoint"),
+    ("finetune.init={finished}/last.pt model.frames=4", "model.frames is 4, the checkpoint's 8"),
+    ("finetune.init={finished}/last.pt model.width=64", "model.width is 64, the checkpoint's 32"),
+    ("finetune.init=scratch run.output={finished}", "holds a run of train_pretrain.py"),
+    ("finetune.init=scratch finetune.test_only=true", "there is no classifier to test"),
+    ("finetune.init=scratch finetune.probe=cubic", "finetune.probe 'cubic' is unknown"),
+    ("finetune.init=scratch finetune.sampling=sparse", "finetune.sampling 'sparse' is unknown"),
+    ("finetune.init=scratch data.val=", "data.val is empty"),
+    ("finetune.init=scratch data.train={bad}/bare.txt", "has no labels"),
+    ("finetune.init=scratch data.val={bad}/high.txt", "has the label 9, but there are 8 classes"),
+]
+
+
+@pytest.mark.parametrize("main, arguments, culprit",
+                         [(train_pretrain.main, *row) for row in PRETRAIN] + [(train_finetune.main, *row) for row in FINETUNE],
+                         ids=[row[0] for row in PRETRAIN + FINETUNE])
+def test_bad_input_is_one_sentence_and_changes_nothing(main, arguments, culprit, toy, bad, finished, capsys, monkeypatch):
+    monkeypatch.chdir(bad)
+    monkeypatch.setattr(sys, "argv", [])
+    usual = [*TINY, f"data.train={toy}/train.txt", f"data.val={toy}/val.txt", f"run.output={bad / 'run'}"]
+    arguments = arguments.format(bad=bad, finished=finished).split(" ") if "[" not in arguments else [arguments]
+    before = snapshot(finished)
+    sentence = refused(main, [*usual, *arguments], capsys)
+    assert culprit in sentence
+    assert snapshot(finished) == before and not list(bad.glob("run/*.pt")) and not (bad / "executed").exists()
+
+
+def test_a_bad_config_file_is_named_with_its_line(tmp_path, monkeypatch):
+    text = train_pretrain.CONFIG.read_text()
+    monkeypatch.setattr(train_pretrain, "CONFIG", tmp_path / "config.yaml")
+    for changed, culprit in ((text.replace("  batch: 1024", "  batch: 1024\n  batch: 512"), r"line \d+: the key 'batch' stands twice"),
+                             (text.replace("  batch: 1024", "\tbatch: 1024"), r"line \d+: .*'\\t'")):
+        (tmp_path / "config.yaml").write_text(changed)
+        with pytest.raises(SystemExit, match=f"config.yaml, {culprit}"):
+            train_pretrain.load_config(["toy"], "pretrain")
+
+
+def test_a_batch_that_two_processes_cannot_share_and_a_port_in_use(toy, tmp_path):
+    process = start(toy, tmp_path / "run", "pretrain.batch=7", processes=2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "pretrain.batch=7 cannot be shared evenly by 2 processes: try pretrain.batch=8" in err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        alone = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ran = subprocess.run([sys.executable, "train_pretrain.py", *TINY], cwd=ROOT, env=alone, text=True, capture_output=True, timeout=60)
+    assert ran.returncode == 1 and re.search(f"cannot meet at 127.0.0.1:{port}.*is the port in use", ran.stderr)
+    assert "Traceback" not in ran.stderr and not (tmp_path / "run").exists()
