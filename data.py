@@ -533,7 +533,7 @@ def toy_clip(motion, generator):
     """
     texture = sum(F.interpolate(torch.randn(1, 1, n, n, generator=generator), size=(128, 128), mode="bicubic") for n in (8, 16, 32))
     x, y, turn, zoom, speed, brightness, contrast = torch.rand(7, generator=generator).tolist()
-    texture = (texture / texture.std() * (0.06 + 0.2 * contrast) + 0.35 + 0.3 * brightness).clamp(0, 1)
+    texture = (texture / texture.std() * (0.14 + 0.12 * contrast) + 0.45 + 0.1 * brightness).clamp(0, 1)
     time = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)   # steps; negative before mid-clip
     sign, still = (-1 if motion % 2 else 1), torch.zeros(TOY_FRAMES)
     shift = 1.8 * sign * time                                                       # pixels

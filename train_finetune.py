@@ -168,6 +168,13 @@ def load_weights(model, path, config):
 # Evaluation
 
 
+def finetuned_classifier(checkpoint):
+    """(model, class names) of a checkpoint that this file wrote: model(video [B, 3, T, H, W]) -> logits [B, classes]."""
+    model = build_model(checkpoint["config"], len(checkpoint["classes"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint["classes"]
+
+
 def sampler(config, dense, segments, clips):
     """The function that chooses frame numbers: `dense` or `segments`, as finetune.sampling says, for `clips` clips."""
     frames, sampling = config["model"]["frames"], config["finetune"]["sampling"]
@@ -320,12 +327,13 @@ def main():
             scores, best = accuracy(results, val, classes), output / "best.pt"
             tqdm.write(f"epoch {epoch}: validation top-1 {scores['top1']:.1f} %, top-5 {scores['top5']:.1f} %")
             if not best.exists() or scores["top1"] > load_checkpoint(best)["top1"]:
-                save_checkpoint(best, dict(model=model.state_dict(), config=config, epoch=epoch, top1=scores["top1"]))
+                save_checkpoint(best, dict(model=model.state_dict(), config=config, classes=classes, epoch=epoch, top1=scores["top1"]))
 
     if not settings["test_only"]:
         scale = layer_decay(config["model"]["depth"], settings["layer_decay"])
         optimizer = adamw(model, settings, process.device, scale if settings["probe"] == "none" else lambda name: 1.0)
-        fit(config, "finetune", process, precision, model, data.Videos(train, choose, augment, run["seed"]), optimizer, loss_of, validate)
+        videos = data.Videos(train, choose, augment, run["seed"])
+        fit(config, "finetune", process, precision, model, videos, optimizer, loss_of, validate, classes=classes)
         origin = f"{output / 'last.pt'}, the last weights"
 
     clips, crops = settings["test_clips"], settings["test_crops"]

@@ -436,13 +436,13 @@ def read_batches(videos, order, at_once, accumulation, run, process):
             yield list(itertools.islice(micro_batches, accumulation))
 
 
-def fit(config, stage, process, precision, model, videos, optimizer, loss_of, end_epoch=lambda epoch, last: None):
+def fit(config, stage, process, precision, model, videos, optimizer, loss_of, end_epoch, **also):
     """Train `model` on `videos` as section `stage` of the configuration says, from the last checkpoint on.
 
     loss_of(forward, batch, step, rows) is the loss of a micro-batch (clips, labels, unreadable), where rows [b]
     tells which of the global batch's clips these are; forward is the model, wrapped for several processes.
-    end_epoch(epoch, last) is called in every process after every epoch. Returns whether it trained at all: a
-    finished run is left as it is.
+    end_epoch(epoch, last) is called in every process after every epoch; `also` goes into the checkpoints. Returns
+    whether it trained at all: a finished run is left as it is.
     """
     run, settings, output = config["run"], config[stage], Path(config["run"]["output"])
     autocast, scaler = precision
@@ -529,7 +529,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
                 if process.rank == 0:
                     save_checkpoint(output / "last.pt", dict(
                         model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        stage=stage, step=step + 1, tried=tried, unreadable=unreadable, config=config))
+                        stage=stage, step=step + 1, tried=tried, unreadable=unreadable, config=config, **also))
             if stopping:
                 if process.world > 1:
                     dist.barrier()                      # nobody leaves before the first process has saved
