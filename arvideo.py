@@ -312,7 +312,7 @@ class ARVideo(nn.Module):
         if order not in ORDERS:
             raise ValueError(f"order '{order}' is unknown: choose one of {', '.join(ORDERS)}")
         if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio {mask_ratio} is out of range: it is the share of hidden tokens, 0 <= ratio < 1")
+            raise ValueError(f"mask_ratio {mask_ratio} is out of range: it is the share of hidden tokens, from 0 to below 1")
         if positions not in ("1d", "3d"):
             raise ValueError(f"positions '{positions}' is unknown: choose 1d or 3d")
         for name, w, h in (("heads", width, heads), ("decoder_heads", decoder_width, decoder_heads)):
@@ -324,7 +324,7 @@ class ARVideo(nn.Module):
         self.blocks = blocks_per_axis(self.grid, cluster, "cluster")
         M, K = math.prod(self.blocks), math.prod(cluster)
         if not 1 <= predict_after < M:
-            raise ValueError(f"predict_after {predict_after} is out of range: of {M} clusters, 1 to {M - 1} can be seen first")
+            raise ValueError(f"predict_after {predict_after} is out of range: 1 to {M - 1} of {M} clusters can be seen first")
         if normalise_target and math.prod(cube) == 1:
             raise ValueError("normalise_target needs cubes of more than one pixel: one has no standard deviation")
         self.predict_after, self.cluster_size, self.normalise_target = predict_after, K, normalise_target

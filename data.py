@@ -77,7 +77,8 @@ def existing(source, root, entries, quiet):
     """The (path, label) of the (path or None, name, label) whose file is there; the others are reported."""
     missing = [name for path, name, _ in entries if path is None]
     if len(missing) == len(entries):
-        raise ValueError(f"{source}: none of its {len(entries)} videos is under {root} (first: {missing[0]}); set data.root")
+        raise ValueError(f"{source}: none of its {len(entries)} videos is under {root} (first: {missing[0]}); "
+                         "set data.root")
     if missing and not quiet:
         print(f"{source}: {len(missing)} of {len(entries)} videos are not under {root}: "
               f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}", file=sys.stderr)
@@ -99,7 +100,8 @@ def read_kinetics(source, text, classes):
     rows = csv.DictReader(text.splitlines())
     absent = {"label", "youtube_id", "time_start", "time_end"} - set(rows.fieldnames)
     if absent:
-        raise ValueError(f"{source}: the column {', '.join(sorted(absent))} is missing; the header has {', '.join(rows.fieldnames)}")
+        raise ValueError(f"{source}: the column {', '.join(sorted(absent))} is missing; "
+                         f"the header has {', '.join(rows.fieldnames)}")
     entries = []
     for row in rows:
         try:
@@ -144,7 +146,7 @@ def find(name, folders):
 
 
 def read_list(source, text, root, classes, quiet):
-    """Lines `path label` or, for pretraining, `path`; paths may hold spaces. classes.txt beside it names the classes."""
+    """Lines `path label` or, for pretraining, `path`; paths may hold spaces. classes.txt beside it has the names."""
     entries = []
     for line_number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -187,7 +189,7 @@ def open_video(path):
                 raise ValueError("it holds no video stream")
             for other in container.streams:
                 other.discard = av.stream.Discard.default if other is stream else av.stream.Discard.all
-            stream.codec_context.thread_count = 1       # frame threads hang on broken files; workers are the parallelism
+            stream.codec_context.thread_count = 1       # frame threads hang on broken files, and workers are enough
             yield container, stream
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise UnreadableVideo(f"{path}: {getattr(error, 'strerror', None) or error}") from None
@@ -314,12 +316,13 @@ def multi_scale_crop(clip, size):
     """VideoMAE's crop of a clip [T, 3, H, W]: two scales at most one step apart, one of 13 positions, bilinear."""
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
-    places = [(x, y) for x in (0, 2, 4) for y in (0, 2, 4)] + [(1, 1), (3, 1), (1, 3), (3, 3)]     # quarters of the margin
+    quarters = [(x, y) for x in (0, 2, 4) for y in (0, 2, 4)] + [(1, 1), (3, 1), (1, 3), (3, 3)]     # of the margin
     scale_h, scale_w = pairs[torch.randint(len(pairs), ()).item()]
-    x, y = places[torch.randint(len(places), ()).item()]
+    x, y = quarters[torch.randint(len(quarters), ()).item()]
     H, W = clip.shape[-2:]
     height, width = (max(1, int(min(H, W) * scale)) for scale in (scale_h, scale_w))
-    return tv.resized_crop(clip, (H - height) // 4 * y, (W - width) // 4 * x, height, width, [size, size], antialias=True)
+    top, left = (H - height) // 4 * y, (W - width) // 4 * x
+    return tv.resized_crop(clip, top, left, height, width, [size, size], antialias=True)
 
 
 def pretraining_clip(clip, size, flip):
@@ -381,7 +384,7 @@ def rand_augment(clip, operations, magnitude):
             lambda: tv.rotate(clip, 30 * level * sign, tv.InterpolationMode.BILINEAR, fill=[128.0] * 3),
             lambda: tv.posterize(clip, 4 - int(4 * level)),
             lambda: tv.solarize(clip, 256 - int(256 * level)),
-            lambda: torch.where(clip < 128, (clip.int() + int(110 * level)).clamp(max=255).to(clip.dtype), clip),   # SolarizeAdd
+            lambda: torch.where(clip < 128, (clip.int() + int(110 * level)).clamp(max=255).byte(), clip),   # SolarizeAdd
             lambda: tv.adjust_saturation(clip, enhance),
             lambda: tv.adjust_contrast(clip, enhance),
             lambda: tv.adjust_brightness(clip, enhance),
@@ -528,12 +531,13 @@ TOY_ROOT = Path("data/toy")
 def toy_clip(motion, generator):
     """uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3]: a window that moves steadily over a texture of several octaves.
 
-    Place, angle, zoom, brightness and contrast in mid-clip are random for every class and only the class's own
-    motion changes them, so that no single frame tells the class.
+    Place, angle and zoom in mid-clip are random for every class and only the class's own motion changes
+    them, so that no single frame tells the class.
     """
-    texture = sum(F.interpolate(torch.randn(1, 1, n, n, generator=generator), size=(128, 128), mode="bicubic") for n in (8, 16, 32))
-    x, y, turn, zoom, speed, brightness, contrast = torch.rand(7, generator=generator).tolist()
-    texture = (texture / texture.std() * (0.14 + 0.12 * contrast) + 0.45 + 0.1 * brightness).clamp(0, 1)
+    octaves = (torch.randn(1, 1, n, n, generator=generator) for n in (8, 16, 32))
+    texture = sum(F.interpolate(octave, size=(128, 128), mode="bicubic") for octave in octaves)
+    texture = (texture / texture.std() * 0.2 + 0.5).clamp(0, 1)
+    x, y, turn, zoom, speed = torch.rand(5, generator=generator).tolist()
     time = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)   # steps; negative before mid-clip
     sign, still = (-1 if motion % 2 else 1), torch.zeros(TOY_FRAMES)
     shift = 1.8 * sign * time                                                       # pixels
@@ -549,7 +553,8 @@ def toy_clip(motion, generator):
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
     window = torch.stack((cos * window[..., 0] - sin * window[..., 1], sin * window[..., 0] + cos * window[..., 1]), -1)
     window = window + (torch.tensor([x, y]) - 0.5) * 0.4
-    frames = F.grid_sample(texture.expand(TOY_FRAMES, 3, -1, -1), window, padding_mode="reflection", align_corners=False)
+    texture = texture.expand(TOY_FRAMES, 3, -1, -1)
+    frames = F.grid_sample(texture, window, padding_mode="reflection", align_corners=False)
     return (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
@@ -557,7 +562,8 @@ def write_video(path, frames):
     """Write uint8 frames [T, H, W, 3] as H.264, the same bits every time: one thread, and a fixed quantiser,
     since x264's rate control differs from run to run on frames this small."""
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=12, options={"qp": "12", "preset": "veryfast", "tune": "fastdecode"})
+        options = {"qp": "12", "preset": "veryfast", "tune": "fastdecode"}
+        stream = container.add_stream("libx264", rate=12, options=options)
         stream.codec_context.thread_count = 1
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames.numpy():
@@ -642,7 +648,8 @@ def shrink_video(source, target, short_side, key_frames):
                     output.codec_context.time_base = stream.time_base
                     output.codec_context.thread_count = 1
                     scale = min(1, short_side / min(frame.width, frame.height))
-                    output.width, output.height = (max(2, round(side * scale / 2) * 2) for side in (frame.width, frame.height))
+                    output.width, output.height = (max(2, round(side * scale / 2) * 2)
+                                                   for side in (frame.width, frame.height))
                     output.pix_fmt = "yuv420p"
                 pts = frame.pts if frame.pts is not None and (last is None or frame.pts > last) else (last or 0) + 1
                 frame = REFORMATTER.reformat(frame, output.width, output.height, "yuv420p", threads=1)
@@ -691,8 +698,8 @@ def main():
     shrinking = commands.add_parser("shrink", help="re-encode all videos of a folder, small and with close key frames")
     shrinking.add_argument("source", metavar="SRC")
     shrinking.add_argument("target", metavar="DST")
-    shrinking.add_argument("--short-side", type=int, default=320, help="pixels; smaller videos keep their size (default 320)")
-    shrinking.add_argument("--key-frames", type=int, default=32, help="frames from one key frame to the next (default 32)")
+    shrinking.add_argument("--short-side", type=int, default=320, help="pixels, at most (default 320)")
+    shrinking.add_argument("--key-frames", type=int, default=32, help="frames between key frames (default 32)")
     shrinking.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     options = parser.parse_args()
 

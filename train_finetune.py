@@ -35,7 +35,7 @@ from train_pretrain import (adamw, fit, ignore_signals, load_checkpoint, load_co
 
 # The keys of section `model` that make an encoder, with or without a decoder
 ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
-LEFT_BEHIND = ("decoder.", "encoder_to_decoder.", "mask_token", "norm.")        # of pretraining; transfer has no use for them
+LEFT_BEHIND = ("decoder.", "encoder_to_decoder.", "mask_token", "norm.")        # of pretraining: no use in transfer
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -85,7 +85,8 @@ class Probe(nn.Module):
         self.attentive = attentive
         if attentive:
             self.query = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-            self.pool = DecoderBlock(width, encoder["heads"], encoder["mlp_ratio"], self_attention=False).apply(initialise)
+            self.pool = DecoderBlock(width, encoder["heads"], encoder["mlp_ratio"], self_attention=False)
+            self.pool.apply(initialise)
         self.head = linear_head(width, classes)
 
     def forward(self, video):
@@ -144,24 +145,26 @@ def load_weights(model, path, config):
         return f"all weights, the classifier's too, from {path}", True
 
     encoder = model.encoder if isinstance(model, Probe) else model
-    wanted = {name: shape for name, shape in ((n, t.shape) for n, t in encoder.state_dict().items())
-              if not name.startswith(("fc_norm.", "head."))}
-    inside = {name.removeprefix("encoder."): tensor for name, tensor in state.items()       # pretraining's, or a probe's
-              if name.startswith("encoder.")} or {n: t for n, t in state.items() if not n.startswith(("fc_norm.", "head."))}
-    outside = [name for name in state if name not in inside and not name.startswith("encoder.")]
+    new = ("fc_norm.", "head.")
+    prefix = "encoder." if any(name.startswith("encoder.") for name in state) else ""       # pretraining's or a probe's
+    wanted = {name: tensor.shape for name, tensor in encoder.state_dict().items() if not name.startswith(new)}
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items()
+              if name.startswith(prefix) and not name.startswith(new)}
+    outside = [name for name in state if not name.startswith(prefix) or name.startswith(new)]
     left = sorted({name.split(".")[0] for name in [*outside, *(set(inside) - set(wanted))]})
     problems = {
         "missing": sorted(set(wanted) - set(inside)),
         "unexpected": [name for name in [*sorted(set(inside) - set(wanted)), *outside]
-                       if not name.startswith((*LEFT_BEHIND, "fc_norm.", "head."))],
-        "of another shape": [f"{name} {list(inside[name].shape)} instead of {list(shape)}" for name, shape in wanted.items()
-                             if name in inside and inside[name].shape != shape],
+                       if not name.startswith(LEFT_BEHIND + new)],
+        "of another shape": [f"{name} {list(inside[name].shape)} instead of {list(shape)}"
+                             for name, shape in wanted.items() if name in inside and inside[name].shape != shape],
     }
     if any(problems.values()):
         raise SystemExit(f"{path} does not fit this model: "
                          + "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names))
     encoder.load_state_dict({name: inside[name] for name in wanted}, strict=False)
-    return f"{len(wanted)} tensors of the encoder from {path}; left behind: {', '.join(left) or 'nothing'}; new: the head", False
+    left = ", ".join(left) or "nothing"
+    return f"{len(wanted)} tensors of the encoder from {path}; left behind: {left}; new: the head", False
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -169,7 +172,7 @@ def load_weights(model, path, config):
 
 
 def finetuned_classifier(checkpoint):
-    """(model, class names) of a checkpoint that this file wrote: model(video [B, 3, T, H, W]) -> logits [B, classes]."""
+    """(model, class names) of a checkpoint of this file's: model(video [B, 3, T, H, W]) -> logits [B, classes]."""
     model = build_model(checkpoint["config"], len(checkpoint["classes"]))
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint["classes"]
@@ -265,7 +268,8 @@ def labelled_lists(config, process):
     classes = classes or [str(c) for c in range(max(label for _, label in train) + 1)]
     for path, label in train + val:
         if label >= len(classes):
-            raise SystemExit(f"{path} has the label {label}, but there are {len(classes)} classes, 0 to {len(classes) - 1}")
+            raise SystemExit(f"{path} has the label {label}, but there are {len(classes)} classes, "
+                             f"0 to {len(classes) - 1}")
     return train, val, classes
 
 
@@ -279,7 +283,8 @@ def start_from(model, config):
         if complete or not config["finetune"]["test_only"]:
             return sentence
     if config["finetune"]["test_only"]:
-        raise SystemExit(f"finetune.test_only: there is no classifier to test, neither {last} nor in finetune.init={init}")
+        raise SystemExit("finetune.test_only: there is no classifier to test, "
+                         f"neither {last} nor in finetune.init={init}")
     return "scratch"
 
 
@@ -298,8 +303,9 @@ def main():
     if process.rank == 0:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         print(f"ARVideo {'fine-tuning' if settings['probe'] == 'none' else settings['probe'] + ' probe'}\n"
-              f"  data       {len(train)} videos to train, {len(val)} to test, {len(classes)} classes; {settings['sampling']} clips of "
-              f"{frames} frames{f' at stride {stride}' if settings['sampling'] == 'dense' else ''}, {size} x {size}, "
+              f"  data       {len(train)} videos to train, {len(val)} to test, {len(classes)} classes; "
+              f"{settings['sampling']} clips of {frames} frames"
+              f"{f' at stride {stride}' if settings['sampling'] == 'dense' else ''}, {size} x {size}, "
               f"flip {'on' if settings['flip'] else 'off'}\n"
               f"  model      {trained:.1f} M parameters to train\n"
               f"  start      {origin}")
@@ -315,7 +321,7 @@ def main():
         torch.manual_seed(((run["seed"] * 1_000_003 + step) * 1_000_003 + int(rows[0])) % 2**63)
         clips, labels = data.normalise(batch[0], process.device), batch[1].to(process.device)
         if mixes:
-            apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()      # neighbours, which mix, are different videos
+            apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()      # neighbours, which mix, show other videos
             mix = mixes[torch.randint(len(mixes), ()).item()]
             clips, labels = mix(Video(clips[apart]), labels[apart])
         logits = forward(clips.as_subclass(torch.Tensor))
@@ -327,7 +333,8 @@ def main():
             scores, best = accuracy(results, val, classes), output / "best.pt"
             tqdm.write(f"epoch {epoch}: validation top-1 {scores['top1']:.1f} %, top-5 {scores['top5']:.1f} %")
             if not best.exists() or scores["top1"] > load_checkpoint(best)["top1"]:
-                save_checkpoint(best, dict(model=model.state_dict(), config=config, classes=classes, epoch=epoch, top1=scores["top1"]))
+                save_checkpoint(best, dict(model=model.state_dict(), config=config, classes=classes, epoch=epoch,
+                                           top1=scores["top1"]))
 
     if not settings["test_only"]:
         scale = layer_decay(config["model"]["depth"], settings["layer_decay"])
@@ -341,8 +348,9 @@ def main():
     if process.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         scores = write_results(output, results, val, classes, views=f"{clips} clips x {crops} crops", weights=origin)
-        print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['videos']} videos, {len(scores['unreadable'])} "
-              f"of them unreadable and counted as wrong; {scores['views']}; see {output}/results.json")
+        print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['videos']} videos, "
+              f"{len(scores['unreadable'])} of them unreadable and counted as wrong; {scores['views']}; "
+              f"see {output}/results.json")
         for reason in scores["unreadable"]:
             print(f"unreadable: {reason}")
     if process.world > 1:

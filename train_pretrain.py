@@ -120,7 +120,7 @@ def load_config(arguments, stage):
                 set_key(config, section, key, text if is_text else yaml.safe_load(text))
             except yaml.YAMLError:
                 raise SystemExit(f"'{argument}': the value is not YAML") from None
-    model_names = [name for name in names if set(presets[name]) - {"finetune"}]     # `toy linear` probes toy's pretraining
+    model_names = [name for name in names if set(presets[name]) - {"finetune"}]     # `toy linear` starts from toy's
     pretrained = f"runs/{'-'.join(model_names)}/pretrain/last.pt"
     if config["finetune"]["init"] == "auto":
         config["finetune"]["init"] = pretrained if Path(pretrained).exists() else "scratch"
@@ -134,7 +134,7 @@ def load_config(arguments, stage):
 
 @contextlib.contextmanager
 def one_sentence(*kinds):
-    """Turn errors that the user can mend, and those of `kinds`, into one sentence and exit status 1, without a traceback."""
+    """Turn errors that the user can mend, and those of `kinds`, into one sentence and exit status 1."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -145,7 +145,8 @@ def one_sentence(*kinds):
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.UnreadableVideo: ")) from None
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            raise SystemExit(f"{first_line(error)} If the system ended it for want of memory: set run.workers lower") from None
+            raise SystemExit(f"{first_line(error)} If the system ended it for want of memory: "
+                             "set run.workers lower") from None
         if "closed by peer" in str(error) or "reset by peer" in str(error):
             raise SystemExit("another process of this run has ended; its message says why") from None
         raise
@@ -373,8 +374,8 @@ def draw_picture(model, video, order, visible):
     size, tokens, (pt, ph, pw) = video.shape[-1], model.grid[0], model.cube
     scale = max(1, 128 // size)
     mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    rows = torch.stack([video, *model.reconstruct(video, order, visible)], dim=1)[:, :, :, ::pt]    # [B, 3 rows, 3, t, H, W]
-    pixels = ((rows * std + mean).clamp(0, 1) * 255).byte()
+    rows = torch.stack([video, *model.reconstruct(video, order, visible)], dim=1)               # [B, 3 rows, 3, T, H, W]
+    pixels = ((rows[:, :, :, ::pt] * std + mean).clamp(0, 1) * 255).byte()                      # [B, 3 rows, 3, t, H, W]
     pixels = pixels.permute(0, 1, 4, 3, 5, 2).reshape(-1, tokens * size, 3)                     # frames side by side
     pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     caption = ("Rows: true video, what the encoder saw, what was predicted (number: place in the order).\n"
@@ -404,7 +405,8 @@ def read_lists(config, process):
             data.make_toy_set()
         if process.world > 1:
             dist.barrier()
-        sources = {split: data.TOY_ROOT / f"{split}.txt" if source == "toy" else source for split, source in sources.items()}
+        sources = {split: data.TOY_ROOT / f"{split}.txt" if source == "toy" else source
+                   for split, source in sources.items()}
     if not sources["train"]:
         raise SystemExit("data.train is empty: name a list, a CSV, a JSON or a folder of classes")
     quiet = process.rank > 0
@@ -469,16 +471,17 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
 
     forward = torch.compile(model) if run["compile"] else model
     if process.world > 1:
-        forward = DistributedDataParallel(forward, device_ids=[process.device] if process.device.type == "cuda" else None)
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)     # masks and positions never change
     if process.rank == 0:
         with one_sentence():
             output.mkdir(parents=True, exist_ok=True)
             log = Log(output, first)
-        print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} videos"
-              f", {repeats} clips of each\n"
-              f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, "
-              f"{warmup} steps of warm-up, then a cosine to {floor:.3g}\n"
-              f"  device     {process.device}, {precision_name(autocast)}, torch {torch.__version__}, {run['workers']} workers a process\n"
+        print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} videos, "
+              f"{repeats} clips of each\n"
+              f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, {warmup} of them warm-up, "
+              f"lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, cosine to {floor:.3g}\n"
+              f"  device     {process.device}, {precision_name(autocast)}, torch {torch.__version__}, "
+              f"{run['workers']} workers a process\n"
               f"  output     {output}" + (f", going on from step {first}" if first else ""))
 
     # Which clips of the global batch each micro-batch of this process has
@@ -486,7 +489,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     reading = data.TrainingOrder(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
     stop, named, saved_at = stop_on_signals(), set(), time.monotonic()
     bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
-    with one_sentence(), contextlib.closing(read_batches(videos, reading, at_once, accumulation, run, process)) as batches:
+    source = read_batches(videos, reading, at_once, accumulation, run, process)
+    with one_sentence(), contextlib.closing(source) as batches:
         for step in bar:
             model.train()
             began = time.perf_counter()
@@ -507,9 +511,10 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
 
             failures = [reason for _, _, reasons in micro_batches for reason in reasons]
             loss, failed, stopping = over_processes(process, loss / process.world, len(failures), len(stop))
-            if not math.isfinite(loss) or not math.isfinite(norm) and not scaler.is_enabled():  # fp16's scaler expects overflows
-                give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last checkpoint "
-                                 f"is kept; try a smaller {stage}.lr, {stage}.clip_norm=1 or run.precision=fp32")
+            finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())   # fp16's scaler expects overflows
+            if not finite:
+                give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last "
+                                 f"checkpoint is kept; try a smaller {stage}.lr, {stage}.clip_norm=1 or run.precision=fp32")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -533,7 +538,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             if stopping:
                 if process.world > 1:
                     dist.barrier()                      # nobody leaves before the first process has saved
-                give_up(process, f"stopped by a signal after step {step + 1}; the same command goes on from {output / 'last.pt'}")
+                give_up(process, f"stopped by a signal after step {step + 1}; "
+                                 f"the same command goes on from {output / 'last.pt'}")
             if epoch_ends:
                 model.eval()
                 end_epoch((step + 1) // per_epoch, step + 1 == steps)
@@ -550,16 +556,17 @@ def main():
         model = ARVideo(**config["model"]).to(process.device)
         train, val, _ = read_lists(config, process)
     frames, size, repeats = config["model"]["frames"], config["model"]["size"], settings["clips_per_video"]
-    videos, val_videos = (data.Videos(
-        entries, partial(data.dense_clips, frames=frames, stride=config["data"]["stride"], clips=repeats),
-        partial(data.pretraining_clip, size=size, flip=settings["flip"]), run["seed"]) for entries in (train, val or train))
+    choose = partial(data.dense_clips, frames=frames, stride=config["data"]["stride"], clips=repeats)
+    augment = partial(data.pretraining_clip, size=size, flip=settings["flip"])
+    videos, val_videos = (data.Videos(entries, choose, augment, run["seed"]) for entries in (train, val or train))
     if process.rank == 0:
         total, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
         print(f"ARVideo pretraining\n"
-              f"  data       {len(videos)} videos; clips of {frames} frames at stride {config['data']['stride']}, {size} x {size}, "
-              f"flip {'on' if settings['flip'] else 'off'}\n"
-              f"  model      {total:.1f} M parameters, {encoder:.1f} M of them in the encoder; of {len(model.encoder.positions)} tokens "
-              f"{model.encoder_mask.shape[0]} enter the encoder and {model.decoder_mask.shape[0]} are predicted; order {model.order}")
+              f"  data       {len(videos)} videos; clips of {frames} frames at stride {config['data']['stride']}, "
+              f"{size} x {size}, flip {'on' if settings['flip'] else 'off'}\n"
+              f"  model      {total:.1f} M parameters, {encoder:.1f} M of them in the encoder; of "
+              f"{len(model.encoder.positions)} tokens {model.encoder_mask.shape[0]} enter the encoder and "
+              f"{model.decoder_mask.shape[0]} are predicted; order {model.order}")
 
     generator = torch.Generator(process.device)
 
