@@ -42,12 +42,14 @@ def read_annotations(source, root="", classes=None, quiet=False):
     """Videos of a data set: ([(path, label or None), ...], class names or None).
 
     `source` is a folder of classes, Kinetics' CSV, Something-Something's JSON (with labels.json beside it)
-    or a list of lines `path` or `path label`; which one it is, its content tells. Videos lie under `root`
+    or a list of lines `path` or `path label`, itself under `root` or not; its content tells which. Videos lie under `root`
     or, for a list, under the list's own folder. `classes`, the names of the training set, fixes the class
     numbers; without it Kinetics' labels are numbered in alphabetical order. Files that do not exist are
     counted and named on stderr, unless `quiet`. Raises ValueError naming the file, the line and what is wrong with it.
     """
     source = Path(source).expanduser()
+    if root and not source.exists() and Path(root, source).expanduser().exists():
+        source = Path(root, source).expanduser()
     root = Path(root).expanduser() if root else source if source.is_dir() else source.parent
     if source.is_dir():
         return read_class_folders(source, classes)
@@ -383,7 +385,7 @@ def rand_augment(clip, operations, magnitude):
             lambda: tv.invert(clip),
             lambda: tv.rotate(clip, 30 * level * sign, tv.InterpolationMode.BILINEAR, fill=[128.0] * 3),
             lambda: tv.posterize(clip, 4 - int(4 * level)),
-            lambda: tv.solarize(clip, 256 - int(256 * level)),
+            lambda: tv.solarize(clip, min(256 - int(256 * level), 255)),
             lambda: torch.where(clip < 128, (clip.int() + int(110 * level)).clamp(max=255).byte(), clip),   # SolarizeAdd
             lambda: tv.adjust_saturation(clip, enhance),
             lambda: tv.adjust_contrast(clip, enhance),
@@ -492,6 +494,13 @@ class Views(Dataset):
             return i, None, str(error)
         views = torch.cat([spatial_views(clip.permute(0, 3, 1, 2), self.size, self.crops) for clip in clips])
         return i, views.transpose(1, 2), None
+
+
+def collate_views(items):
+    """Items of Views -> (readable videos [n], their views uint8 [n V, 3, T, S, S] or None, [(unreadable, reason), ...])."""
+    readable = [(i, views) for i, views, _ in items if views is not None]
+    views = torch.cat([views for _, views in readable]) if readable else None
+    return [i for i, _ in readable], views, [(i, reason) for i, views, reason in items if views is None]
 
 
 class TrainingOrder(Sampler):
@@ -612,9 +621,12 @@ def unreadable_reason(path):
     """None, or why some frame of the video does not decode."""
     try:
         with open_video(path) as (container, stream):
-            for packet in [*read_packets(container, stream), None]:
-                for frame in stream.codec_context.decode(packet):
-                    refuse_damaged(frame)
+            count = 0
+            for frame in container.decode(stream):
+                refuse_damaged(frame)
+                count += 1
+            if not count:
+                raise ValueError("none of its frames decodes")
     except UnreadableVideo as error:
         return str(error)
 

@@ -196,21 +196,19 @@ def evaluate(model, entries, config, process, autocast, clips, crops):
     takes every world-th video: none is padded or counted twice. Unreadable ones have no probabilities.
     """
     choose = sampler(config, data.dense_views, data.segment_views, clips)
-    at_once = config["run"]["max_batch"] or max(1, config["finetune"]["batch"] // process.world)          # views
+    at_once = config["run"]["max_batch"] or 32          # views; more would fill the workers' queues with gigabytes
     loader = DataLoader(data.Views(entries, choose, config["model"]["size"], crops), max(1, at_once // (clips * crops)),
-                        sampler=range(process.rank, len(entries), process.world), collate_fn=list,
+                        sampler=range(process.rank, len(entries), process.world), collate_fn=data.collate_views,
                         num_workers=config["run"]["workers"], worker_init_fn=ignore_signals)
     results = []
     model.eval()
-    for items in tqdm(loader, desc="testing", unit="batch", leave=False, disable=process.rank > 0):
-        readable = [i for i, views, _ in items if views is not None]
+    for readable, views, unreadable in tqdm(loader, desc="testing", unit="batch", leave=False, disable=process.rank > 0):
         if readable:
-            views = torch.cat([views for _, views, _ in items if views is not None])            # [n V, 3, T, S, S]
             with autocast():
                 logits = torch.cat([model(data.normalise(part, process.device)) for part in views.split(at_once)])
             probabilities = logits.float().softmax(1).unflatten(0, (len(readable), -1)).mean(1).cpu()
-            results += [(i, p, None) for i, p in zip(readable, probabilities)]
-        results += [(i, None, reason) for i, views, reason in items if views is None]
+            results += [(i, p.clone(), None) for i, p in zip(readable, probabilities)]  # a view would travel with its batch
+        results += [(i, None, reason) for i, reason in unreadable]
     if process.world > 1:
         gathered = [None] * process.world if process.rank == 0 else None
         dist.gather_object(results, gathered)
@@ -276,16 +274,16 @@ def labelled_lists(config, process):
 def start_from(model, config):
     """Load what finetune.init names, or the last checkpoint for a test alone; returns a sentence on the origin."""
     init, last = config["finetune"]["init"], Path(config["run"]["output"], "last.pt")
-    if config["finetune"]["test_only"] and last.exists():
-        init = str(last)
-    if init != "scratch":
-        sentence, complete = load_weights(model, init, config)
-        if complete or not config["finetune"]["test_only"]:
-            return sentence
     if config["finetune"]["test_only"]:
-        raise SystemExit("finetune.test_only: there is no classifier to test, "
-                         f"neither {last} nor in finetune.init={init}")
-    return "scratch"
+        for path in (Path(init), last):
+            if path.exists():
+                sentence, complete = load_weights(model, path, config)
+                if complete:
+                    return sentence
+        raise SystemExit(f"finetune.test_only: there is no classifier to test, neither in finetune.init={init} nor {last}")
+    if last.exists():
+        return f"{last}, if it goes on"                 # a run goes on without the file that it started from
+    return "scratch" if init == "scratch" else load_weights(model, init, config)[0]
 
 
 def main():
@@ -344,7 +342,8 @@ def main():
         origin = f"{output / 'last.pt'}, the last weights"
 
     clips, crops = settings["test_clips"], settings["test_crops"]
-    results = evaluate(model, val, config, process, autocast, clips, crops)
+    with one_sentence():
+        results = evaluate(model, val, config, process, autocast, clips, crops)
     if process.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         scores = write_results(output, results, val, classes, views=f"{clips} clips x {crops} crops", weights=origin)

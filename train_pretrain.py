@@ -179,11 +179,14 @@ def start_process(run):
         torch.set_float32_matmul_precision("high")      # TF32 where fp32 remains
     if "RANK" in os.environ:
         try:
-            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+            store, rank, world = next(dist.rendezvous("env://"))
+            # A restart by torchrun meets the addresses of the attempt before in its store, unless it has keys of its own
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world)
         except dist.DistNetworkError as error:
             raise SystemExit(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                              f"({first_line(error)}); is the port in use? Give torchrun another --master-port") from None
-        return Process(dist.get_rank(), dist.get_world_size(), device)
+        return Process(rank, world, device)
     return Process(0, 1, device)
 
 
@@ -258,6 +261,7 @@ def give_up(process, message):
     raise SystemExit(message if process.rank == 0 else 1)
 
 
+@contextlib.contextmanager
 def stop_on_signals():
     """A list that becomes non-empty on SIGTERM or SIGINT, so that a run can save first. A second one kills."""
     received = []
@@ -266,9 +270,12 @@ def stop_on_signals():
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return received
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def save_checkpoint(path, content):
@@ -354,7 +361,7 @@ class Log:
         self.file, self.board = open(path, "a", buffering=1), None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(output, purge_step=step)
+            self.board = SummaryWriter(output, purge_step=step + 1)
 
     def write(self, step, **values):
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -466,8 +473,14 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         first, tried, unreadable = (checkpoint[key] for key in ("step", "tried", "unreadable"))
-        if first >= steps:
-            return False
+    if process.world > 1:
+        everywhere = [None] * process.world
+        dist.all_gather_object(everywhere, first)
+        if len(set(everywhere)) > 1:
+            give_up(process, f"the processes would go on from different steps, {everywhere}: {output} must be the same "
+                             "folder for all of them, on all machines")
+    if first >= steps:
+        return False
 
     forward = torch.compile(model) if run["compile"] else model
     if process.world > 1:
@@ -487,10 +500,10 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     # Which clips of the global batch each micro-batch of this process has
     rows = torch.arange(batch * repeats).view(batch, repeats)[process.rank::process.world].flatten().chunk(accumulation)
     reading = data.TrainingOrder(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
-    stop, named, saved_at = stop_on_signals(), set(), time.monotonic()
+    named, saved_at = set(), time.monotonic()
     bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
     source = read_batches(videos, reading, at_once, accumulation, run, process)
-    with one_sentence(), contextlib.closing(source) as batches:
+    with one_sentence(), stop_on_signals() as stop, contextlib.closing(source) as batches:
         for step in bar:
             model.train()
             began = time.perf_counter()
@@ -502,8 +515,9 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
                 group["lr"] = lr * group["scale"]
             for i, micro_batch in enumerate(micro_batches):
                 wait = process.world > 1 and i + 1 < accumulation       # processes share gradients once a step
-                with forward.no_sync() if wait else contextlib.nullcontext(), autocast():
-                    part = loss_of(forward, micro_batch, step, rows[i]) / accumulation
+                with forward.no_sync() if wait else contextlib.nullcontext():
+                    with autocast():
+                        part = loss_of(forward, micro_batch, step, rows[i]) / accumulation
                     scaler.scale(part).backward()
                 loss += part.detach()
             scaler.unscale_(optimizer)
@@ -529,6 +543,9 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
                                     f"{speed['data_share']:.0%} waiting for data")
 
             epoch_ends = (step + 1) % per_epoch == 0
+            if epoch_ends:                              # before the checkpoint: what is saved has been validated
+                model.eval()
+                end_epoch((step + 1) // per_epoch, step + 1 == steps)
             if stopping or epoch_ends or time.monotonic() - saved_at > 60 * run["save_minutes"]:
                 saved_at = time.monotonic()
                 if process.rank == 0:
@@ -540,9 +557,6 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
                     dist.barrier()                      # nobody leaves before the first process has saved
                 give_up(process, f"stopped by a signal after step {step + 1}; "
                                  f"the same command goes on from {output / 'last.pt'}")
-            if epoch_ends:
-                model.eval()
-                end_epoch((step + 1) // per_epoch, step + 1 == steps)
     return True
 
 
