@@ -67,7 +67,7 @@ def reference(toy, tmp_path_factory):
 
 def test_presets_and_overrides():
     config = load_config(["ssv2", "large", "pretrain.lr=1e-3", "data.root=a = b: c", "model.cluster=[4, 7, 7]"], "pretrain")
-    assert config["data"]["stride"] == 2 and config["data"]["flip"] is False
+    assert config["data"]["stride"] == 2 and config["finetune"]["flip"] is False
     assert config["model"]["width"] == 1024 and config["model"]["cluster"] == [4, 7, 7]
     assert config["pretrain"]["lr"] == 1e-3 and config["data"]["root"] == "a = b: c"
     assert config["run"]["output"] == "runs/ssv2-large/pretrain"
@@ -88,7 +88,7 @@ def test_the_model_section_is_the_papers_model():
     (["pretrain.batch=many"], "pretrain.batch must be of kind int, like 32; found 'many'"),
     (["pretrain.batch=1.5"], "pretrain.batch must be of kind int"),
     (["pretrain.lr=fast"], "pretrain.lr must be of kind float"),
-    (["data.flip=1"], "data.flip must be of kind bool"),
+    (["pretrain.flip=1"], "pretrain.flip must be of kind bool"),
     (["model.cube=[2, 16]"], "model.cube must be a list of 3"),
     (["model.cube=[2, 16, x]"], "model.cube must be of kind int"),
     (["model.cube=[2, 16"], "the value is not YAML"),
