@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from arvideo import DecoderBlock, Encoder, blocks_per_axis, initialise, layer_norm
 from train_pretrain import (adamw, fit, ignore_signals, load_checkpoint, load_config, mixed_precision, nearest,
-                            one_sentence, read_lists, save_checkpoint, start_process)
+                            one_sentence, read_lists, save_checkpoint, start_process, start_workers)
 
 # The keys of section `model` that make an encoder, with or without a decoder
 ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
@@ -202,7 +202,8 @@ def evaluate(model, entries, config, process, autocast, clips, crops):
                         num_workers=config["run"]["workers"], worker_init_fn=ignore_signals)
     results = []
     model.eval()
-    for readable, views, unreadable in tqdm(loader, desc="testing", unit="batch", leave=False, disable=process.rank > 0):
+    bar = tqdm(start_workers(loader), desc="testing", total=len(loader), unit="batch", leave=False, disable=process.rank > 0)
+    for readable, views, unreadable in bar:
         if readable:
             with autocast():
                 logits = torch.cat([model(data.normalise(part, process.device)) for part in views.split(at_once)])

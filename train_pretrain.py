@@ -434,13 +434,20 @@ def end_workers():
         worker.kill()
 
 
+def start_workers(loader):
+    """An iterator over a loader whose workers ignore signals; they end with this process, however it ends."""
+    batches = iter(loader)
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)                        # the last registered runs first, before torch waits for them
+    return batches
+
+
 def read_batches(videos, order, at_once, accumulation, run, process):
     """A generator of lists of `accumulation` micro-batches, decoded ahead by run.workers processes."""
     with one_sentence(ValueError):
         loader = DataLoader(videos, at_once, sampler=order, num_workers=run["workers"], collate_fn=data.collate,
                             pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals)
-        micro_batches = iter(loader)
-        atexit.register(end_workers)
+        micro_batches = start_workers(loader)
         while True:
             yield list(itertools.islice(micro_batches, accumulation))
 
