@@ -722,7 +722,8 @@ def main():
         else:
             config = train_pretrain.load_config(options.arguments, "pretrain")
             train, val, _ = train_pretrain.read_lists(config, train_pretrain.Process(0, 1, torch.device("cpu")))
-            reasons = check([path for path, _ in train + val], max(1, config["run"]["workers"]))
+            paths = list(dict.fromkeys(path for path, _ in train + val))    # a list may name a video twice
+            reasons = check(paths, max(1, config["run"]["workers"]))
     for reason in reasons:
         print(reason)
     print(f"{len(reasons)} unreadable")

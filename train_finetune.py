@@ -1,5 +1,5 @@
 """
-Fine-tune or probe a pretrained encoder, and test it on several views of every video (section 4; protocol.md).
+Fine-tune or probe a pretrained encoder, and test it on several views of every video (section 4).
 
     python train_finetune.py [PRESET ...] [section.key=value ...]                   after train_pretrain.py of that preset
     python train_finetune.py k400 linear                                            a linear probe

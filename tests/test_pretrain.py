@@ -111,7 +111,7 @@ def test_help_and_show_print_and_exit(capsys):
 
 
 def test_every_key_of_the_configuration_is_read():
-    """style.md's complaint: flags nobody reads. The keys of `model` are ARVideo's arguments, checked above."""
+    """No flag that nobody reads. The keys of `model` are ARVideo's arguments, checked above."""
     source = "".join((ROOT / name).read_text() for name in ("train_pretrain.py", "data.py"))
     config = load_config([], "pretrain")
     for section in ("data", "pretrain", "run"):
