@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 from arvideo import DecoderBlock, Encoder, blocks_per_axis, initialise, layer_norm
-from train_pretrain import (adamw, fit, ignore_signals, load_checkpoint, load_config, mixed_precision, nearest,
+from train_pretrain import (adamw, fit, give_up, ignore_signals, load_checkpoint, load_config, mixed_precision, nearest,
                             one_sentence, read_lists, save_checkpoint, start_process, start_workers)
 
 # The keys of section `model` that make an encoder, with or without a decoder
@@ -97,6 +97,15 @@ class Probe(nn.Module):
             return self.head(self.norm(tokens.mean(1)))
         query = self.query.expand(len(tokens), -1, -1)                              # [B, 1, D]
         return self.head(self.pool(query, self.norm(tokens), None, 1).squeeze(1))
+
+
+def mix_videos(clips, labels, mixes, repeats):
+    """MixUp or CutMix, one of the transforms `mixes`: (clips [B R, 3, T, S, S], targets [B R, classes]) of clips and
+    labels [B R] in which the R = `repeats` clips of a video follow each other. Each is mixed with another video's."""
+    apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()          # the transforms mix neighbours
+    mix = mixes[torch.randint(len(mixes), ()).item()]
+    clips, targets = mix(Video(clips[apart]), labels[apart])
+    return clips.as_subclass(torch.Tensor), targets
 
 
 def layer_decay(depth, decay):
@@ -319,12 +328,12 @@ def main():
         # Mixing, drop path and dropout depend on the step and the rows alone, so that a resumed run repeats them
         torch.manual_seed(((run["seed"] * 1_000_003 + step) * 1_000_003 + int(rows[0])) % 2**63)
         clips, labels = data.normalise(batch[0], process.device), batch[1].to(process.device)
+        if mixes and len(clips) == repeats:
+            give_up(process, "finetune.mixup and finetune.cutmix mix different videos, but a process takes one at a time: "
+                             "raise finetune.batch or run.max_batch, or set both to 0")
         if mixes:
-            apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()      # neighbours, which mix, show other videos
-            mix = mixes[torch.randint(len(mixes), ()).item()]
-            clips, labels = mix(Video(clips[apart]), labels[apart])
-        logits = forward(clips.as_subclass(torch.Tensor))
-        return F.cross_entropy(logits.float(), labels, label_smoothing=settings["label_smoothing"])
+            clips, labels = mix_videos(clips, labels, mixes, repeats)
+        return F.cross_entropy(forward(clips).float(), labels, label_smoothing=settings["label_smoothing"])
 
     def validate(epoch, last):
         results = evaluate(model, val, config, process, autocast, clips=1, crops=1)

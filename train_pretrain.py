@@ -137,13 +137,13 @@ def one_sentence(*kinds):
     """Turn errors that the user can mend, and those of `kinds`, into one sentence and exit status 1."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"out of memory ({first_line(error)}): set run.max_batch below the videos that a process takes "
-                         "at once now, so that more is accumulated, or model.checkpointing=true") from None
     except (data.UnreadableVideo, OSError, *kinds) as error:
         # A worker's error carries its traceback in the message; the last line says what happened
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.UnreadableVideo: ")) from None
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise SystemExit(f"out of memory ({first_line(error)}): set run.max_batch below the videos that a process takes "
+                             "at once now, so that more is accumulated, or model.checkpointing=true") from None
         if "DataLoader worker" in str(error):
             raise SystemExit(f"{first_line(error)} If the system ended it for want of memory: "
                              "set run.workers lower") from None
@@ -351,19 +351,25 @@ def report_unreadable(process, failures, named, tried, unreadable, share):
 
 
 class Log:
-    """log.jsonl, one line a step, and TensorBoard where it is installed. Lines after `step` are dropped:
-    the run goes on from there and writes them again."""
+    """log.jsonl, one line a step, and TensorBoard where it is installed. Opened, and its folder made, by the first
+    line: what fails before leaves no trace. Older lines of that step and later are dropped: it is written again."""
 
-    def __init__(self, output, step):
-        path = Path(output, "log.jsonl")
+    def __init__(self, output):
+        self.output, self.file, self.board = output, None, None
+
+    def open(self, step):
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-        self.file, self.board = open(path, "a", buffering=1), None
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
+        self.file = open(path, "a", buffering=1)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(output, purge_step=step + 1)
+            self.board = SummaryWriter(self.output, purge_step=step)
 
     def write(self, step, **values):
+        if self.file is None:
+            self.open(step)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, step)
@@ -493,9 +499,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     if process.world > 1:
         forward = DistributedDataParallel(forward, broadcast_buffers=False)     # masks and positions never change
     if process.rank == 0:
-        with one_sentence():
-            output.mkdir(parents=True, exist_ok=True)
-            log = Log(output, first)
+        log = Log(output)
         print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} videos, "
               f"{repeats} clips of each\n"
               f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, {warmup} of them warm-up, "
@@ -532,7 +536,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
 
             failures = [reason for _, _, reasons in micro_batches for reason in reasons]
             loss, failed, stopping = over_processes(process, loss / process.world, len(failures), len(stop))
-            finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())   # fp16's scaler expects overflows
+            # fp16's scaler answers an overflow by skipping the step and halving its scale; at 1 it has no answer left
+            finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
             if not finite:
                 give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last "
                                  f"checkpoint is kept; try a smaller {stage}.lr, {stage}.clip_norm=1 or run.precision=fp32")
