@@ -540,18 +540,18 @@ TOY_ROOT = Path("data/toy")
 def toy_clip(motion, generator):
     """uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3]: a window that moves steadily over a texture of several octaves.
 
-    Place, angle and zoom in mid-clip are random for every class and only the class's own motion changes
-    them, so that no single frame tells the class.
+    Place, angle, zoom and brightness in mid-clip are random for every class and only the class's own motion
+    changes them, so that no single frame tells the class.
     """
     octaves = (torch.randn(1, 1, n, n, generator=generator) for n in (8, 16, 32))
     texture = sum(F.interpolate(octave, size=(128, 128), mode="bicubic") for octave in octaves)
-    texture = (texture / texture.std() * 0.2 + 0.5).clamp(0, 1)
-    x, y, turn, zoom, speed = torch.rand(5, generator=generator).tolist()
+    x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
+    texture = (texture / texture.std() * 0.2 + 0.4 + 0.2 * brightness).clamp(0, 1)
     time = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)   # steps; negative before mid-clip
     sign, still = (-1 if motion % 2 else 1), torch.zeros(TOY_FRAMES)
-    shift = 1.8 * sign * time                                                       # pixels
-    angle = 2 * math.pi * turn - (0.17 * sign * time if motion in (4, 5) else still)             # radians
-    scale = 0.9 * (zoom - 0.5) + (0.07 * sign * time if motion in (6, 7) else still)            # log of the zoom
+    shift = 1.0 * sign * time                                                       # pixels
+    angle = 2 * math.pi * turn - (0.10 * sign * time if motion in (4, 5) else still)             # radians
+    scale = 0.9 * (zoom - 0.5) + (0.04 * sign * time if motion in (6, 7) else still)            # log of the zoom
     radius = torch.exp(-scale) * TOY_SIZE / 128         # half the window, where the texture spans -1 to 1
     window = F.affine_grid(torch.eye(2, 3)[None], (1, 1, TOY_SIZE, TOY_SIZE), align_corners=False)[0]   # [S, S, 2]
     window = window * radius.view(-1, 1, 1, 1)                                      # [T, S, S, 2]
@@ -582,7 +582,8 @@ def write_video(path, frames):
 
 
 def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
-    """Write the toy set below the folder `root` unless it is there: train.txt, val.txt, classes.txt, videos.
+    """Write the toy set below the folder `root` unless it is there: train.txt, few.txt (ten of train's videos for
+    each class), val.txt, classes.txt, videos.
 
     It appears complete or not at all: it is written under another name and renamed.
     """
@@ -604,6 +605,8 @@ def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
                 lines.append(f"{name} {motion}\n")
                 bar.update()
             (temporary / f"{split}.txt").write_text("".join(lines))
+            if split == "train":
+                (temporary / "few.txt").write_text("".join(lines[:10 * len(TOY_CLASSES)]))
     (temporary / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")
     try:
         temporary.rename(root)

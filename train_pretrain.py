@@ -402,6 +402,10 @@ def draw_picture(model, video, order, visible):
         for cluster, place in enumerate(places):
             t, h, w = (int(i) for i in torch.unravel_index(torch.tensor(cluster), model.blocks))
             x, y = (t * kt * size + w * kw * pw) * scale, ((3 * b + 2) * size + h * kh * ph) * scale
+            for row in range(-2, 1):                    # outlines in all three rows: the cluster in each of its time slices
+                for i in range(kt):
+                    left, top = x + i * size * scale, y + 36 + row * size * scale
+                    pen.rectangle([left, top, left + kw * pw * scale - 1, top + kh * ph * scale - 1], outline="#ffd24d")
             pen.text((x + 3, y + 38), str(place + 1), fill="white", stroke_width=1, stroke_fill="black")
     return picture
 

@@ -1,46 +1,112 @@
-"""The README's Python runs as it stands there, on checkpoints of tiny runs; its commands name things that exist."""
+"""The README cannot rot: its commands and its Python run as they stand there, on tiny sets and models."""
 
+import csv
+import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
-import train_finetune
 import train_pretrain
+from arvideo import ARVideo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TINY = ["model.width=32", "model.depth=2", "model.heads=2", "model.decoder_width=24", "model.decoder_depth=1", "model.decoder_heads=2",
-        "pretrain.batch=8", "pretrain.epochs=1", "finetune.batch=8", "finetune.epochs=1", "run.workers=0", "run.device=cpu"]
+FIRST = ".venv/bin/python train_pretrain.py"
+COMMANDS = [FIRST] + [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+            for line in block.splitlines() if "pip install" not in line]                # that is CI's to type
+TINY = ["model.frames=8", "model.size=32", "model.cube=[2,4,4]", "model.cluster=[2,4,4]", "model.width=32", "model.depth=2",
+        "model.heads=2", "model.decoder_width=24", "model.decoder_depth=1", "model.decoder_heads=2", "pretrain.batch=8",
+        "pretrain.epochs=1", "pretrain.warmup_epochs=0", "finetune.batch=8", "finetune.epochs=1", "finetune.warmup_epochs=0",
+        "run.workers=0", "run.device=cpu"]
 
 
-def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    data.make_toy_set(clips={"train": 16, "val": 8})
-    for main in (train_pretrain.main, train_finetune.main):
-        monkeypatch.setattr(sys, "argv", ["script", *TINY])
-        main()
-    assert "28 tensors of the encoder from runs/toy/pretrain/last.pt" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with a toy set, and the same videos as Kinetics-400 and Something-Something V2 would have them."""
+    folder = tmp_path_factory.mktemp("readme")
+    data.make_toy_set(folder / "data" / "toy", {"train": 16, "val": 8})
+    for name in ("k400", "ssv2"):
+        (folder / "data" / name).mkdir()
+    for split, other, count in (("train", "train", 16), ("val", "validation", 8)):
+        rows, items = [["label", "youtube_id", "time_start", "time_end", "split"]], []
+        for i in range(count):
+            video = folder / "data" / "toy" / split / f"{i:05d}.mp4"
+            shutil.copy(video, folder / "data" / "k400" / f"{split}{i:08d}_000003_000013.mp4")
+            shutil.copy(video, folder / "data" / "ssv2" / f"{count * 100 + i}.mp4")
+            rows.append([data.TOY_CLASSES[i % 8], f"{split}{i:08d}", 3, 13, split])
+            items.append({"id": str(count * 100 + i), "template": f"Moving [something] {data.TOY_CLASSES[i % 8]}"})
+        csv.writer((folder / "data" / "k400" / f"{split}.csv").open("w", newline="")).writerows(rows)
+        (folder / "data" / "ssv2" / f"{other}.json").write_text(json.dumps(items))
+    (folder / "data" / "ssv2" / "labels.json").write_text(json.dumps({f"Moving something {name}": str(i) for i, name in enumerate(data.TOY_CLASSES)}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(folder):
+    """{command: (status, output)} of every command in the README's order; those of torchrun in one process."""
+    outcome = {}
+    for command in COMMANDS:
+        if "checkpoint.pth" in command:                 # the reader's own file
+            shutil.copy(folder / "runs" / "k400" / "finetune" / "last.pt", folder / "checkpoint.pth")
+        words = shlex.split(command.replace("/data/", "data/"))
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        tiny = TINY if "train_" in words[script] else []
+        process = subprocess.run([sys.executable, ROOT / words[script], *words[script + 1:], *tiny], cwd=folder, text=True,
+                                 capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
+        outcome[command] = process.returncode, process.stdout + process.stderr
+    return outcome
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_run(command, ran):
+    assert FIRST in README
+    status, output = ran[command]
+    assert status == 0, output
+
+
+def test_the_settings_of_the_papers_tables_exist():
+    """Every span of section.key=value in the text makes a configuration, and a model that fits."""
+    spans = [span.split() for span in re.findall(r"`([^`\n]+)`", README)]
+    settings = [words for words in spans if all(re.match(r"[a-z]+\.[a-z_]+=", word) for word in words)]
+    assert len(settings) > 25
+    for words in settings:
+        with torch.device("meta"):
+            ARVideo(**train_pretrain.load_config(["ssv2", *words], "pretrain")["model"])
+
+
+def test_the_python_blocks_run(folder, ran, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)
     assert names["features"].shape == (1, 256, 32)
-    assert len(re.findall(r"(?:%s): [0-9.]+%%" % "|".join(data.TOY_CLASSES), capsys.readouterr().out)) == 3
+    printed = capsys.readouterr().out
+    assert sum(bool(re.match(rf"(?:{'|'.join(data.TOY_CLASSES)}): [0-9.]+%$", line)) for line in printed.splitlines()) == 3
+
+    settings = train_pretrain.load_config(TINY, "pretrain")["model"]
+    video = torch.randn(3, 3, 8, 32, 32)
+    for name in ("CentreFirst", "Motion", "Scattered"):                      # the forks train
+        model = names[name](**settings)
+        order, visible = model.draw(3)
+        assert torch.equal(order.sort(1).values, torch.arange(8).expand(3, -1))
+        assert torch.equal(model.clusters.flatten().sort().values, torch.arange(256))
+        model(video, order, visible).backward()
+        assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
+    still = torch.randn(3, 3, 1, 32, 32).expand(-1, -1, 8, -1, -1)
+    model = names["Motion"](**settings)
+    torch.nn.init.zeros_(model.decoder.head.weight)
+    assert model(still, *model.draw(3)).item() == 0                          # nothing changes, nothing is to be predicted
 
 
-@pytest.mark.parametrize("command", [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
-                                     if "train_" in line and "venv" not in line])
-def test_the_training_commands_have_a_configuration(command, tmp_path):
-    words = command.split("#")[0].split()
-    script = next(i for i, word in enumerate(words) if word.startswith("train_"))
-    shown = subprocess.run([sys.executable, ROOT / words[script], *words[script + 1:], "--show"], cwd=tmp_path, text=True, capture_output=True)
-    assert shown.returncode == 0, shown.stderr
-
-
-def test_the_names_in_the_text_exist():
+def test_the_names_and_pictures_in_the_text_exist():
     source = "".join(path.read_text() for path in ROOT.glob("*.py"))
     for function in re.findall(r"`([a-z_]+|[A-Z][A-Za-z]+)` in `arvideo.py`|\| `([A-Za-z_]+)`", README):
         for name in filter(None, function):
@@ -49,3 +115,5 @@ def test_the_names_in_the_text_exist():
     for section, key in re.findall(r"`(data|model|pretrain|finetune|run)\.([a-z_]+)", README):
         if key not in ("py", "pt"):
             assert key in config[section], f"{section}.{key}"
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert 0 < (ROOT / picture).stat().st_size < 200_000, picture

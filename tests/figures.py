@@ -1,0 +1,180 @@
+"""
+The README's pictures and the paper's Figure 3, made from the code and from runs of one's own.
+
+    python tests/figures.py method CHECKPOINT VIDEO     cubes, clusters and their order, both masks, predictions -> method.png
+    python tests/figures.py loss RUN [RUN ...]          loss curves of run folders -> loss.png
+    python tests/figures.py rank CHECKPOINT VIDEO [...] rank of every encoder layer's attention map (Figure 3) -> rank.png
+    python tests/figures.py sampling                    which frames of a Something-Something video are used -> sampling.png
+
+CHECKPOINT is a last.pt of train_pretrain.py, or `random:PRESET` for an encoder that nobody trained. --output names
+another folder than assets.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from PIL import Image, ImageDraw
+
+import arvideo
+import data
+from train_pretrain import draw_picture, load_checkpoint, load_config, one_sentence
+
+COLOURS = ("#c0392b", "#2563a8", "#2e8b57", "#8e44ad", "#7f6000", "#555555")
+
+
+def load_model(name):
+    """(model, stride) of a checkpoint, or of random:PRESET."""
+    config = load_config([name.removeprefix("random:")], "pretrain") if name.startswith("random:") else load_checkpoint(name)["config"]
+    torch.manual_seed(0)
+    model = arvideo.ARVideo(**config["model"])
+    if not name.startswith("random:"):
+        model.load_state_dict(load_checkpoint(name)["model"])
+    return model.eval(), config
+
+
+def load_clip(path, config):
+    """The middle clip of a video, cropped from its centre: normalised [1, 3, T, H, W]."""
+    model = config["model"]
+    clip = data.read_clips(path, lambda count: data.dense_views(count, model["frames"], config["data"]["stride"], 1))[0]
+    return data.normalise(data.spatial_views(clip.permute(0, 3, 1, 2), model["size"], 1).transpose(1, 2), "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def method_picture(model, video):
+    """draw_picture's three rows beside the encoder's and the decoder's mask."""
+    rows = draw_picture(model, video, *model.draw(1, torch.Generator().manual_seed(1)))
+    S, Q = len(model.encoder_mask), len(model.decoder_mask)
+    top, left, side = 52, rows.width + 24, (rows.height - 76) // 2
+    picture = Image.new("RGB", (left + 2 * side + 72, rows.height), "white")
+    picture.paste(rows, (0, 0))
+    pen = ImageDraw.Draw(picture)
+    for mask, title, height in ((model.encoder_mask, f"Encoder: {S} visible tokens. Each sees\n(dark) its own and earlier clusters.", side),
+                                (model.decoder_mask, f"Decoder: {Q} queries.\nEach sees (dark) the\nclusters before its own.", rows.height - top)):
+        pen.text((left, 4), title, fill="black")
+        pixels = torch.where(mask, 70, 235).byte().numpy()
+        picture.paste(Image.fromarray(pixels).resize((side, height), Image.Resampling.NEAREST), (left, top))
+        left += side + 48
+    return picture
+
+
+def chart(curves, title, x_label):
+    """{name: [(x, y), ...]} as lines with axes."""
+    width, height, left, right, top, bottom = 720, 360, 60, 20, 34, 40
+    points = [point for curve in curves.values() for point in curve]
+    (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points))
+    y0, y1 = y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
+
+    def place(x, y):
+        return left + (x - x0) / (x1 - x0 or 1) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
+
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((left, 6), title, fill="black")
+    pen.text((width // 2, height - 16), x_label, fill="black")
+    for i in range(6):
+        x, y = x0 + i * (x1 - x0) / 5, y0 + i * (y1 - y0) / 5
+        pen.line([place(x0, y), place(x1, y)], fill="#dddddd")
+        pen.text((6, place(x0, y)[1] - 6), f"{y:.3g}", fill="black")
+        pen.text((place(x, y0)[0] - 8, height - bottom + 6), f"{x:.4g}", fill="black")
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        pen.line([place(*point) for point in curve], fill=colour, width=2)
+        pen.text((width - 260, top + 14 * i), name, fill=colour)
+    return picture
+
+
+def loss_curve(run):
+    """[(step, mean loss of up to 25 steps), ...] of a run's log, without the steep first 50."""
+    losses = [json.loads(line)["loss"] for line in Path(run, "log.jsonl").read_text().splitlines()]
+    return [(i + len(losses[i:i + 25]), sum(losses[i:i + 25]) / len(losses[i:i + 25])) for i in range(50 if len(losses) > 50 else 0, len(losses), 25)]
+
+
+def sampling_picture(count=48):
+    """Frames of a Something-Something video: a pretraining clip, fine-tuning segments, the test's two clips."""
+    torch.manual_seed(0)
+    strips = [("pretraining: 16 neighbouring frames, stride 2, from a random start", data.dense_clips(count, 16, 2)),
+              ("fine-tuning: one random frame from each of 16 segments", data.segment_clips(count, 16)),
+              ("test: 32 even frames, dealt to two clips in turn", data.segment_views(count, 16, 2))]
+    cell = 14
+    picture = Image.new("RGB", (count * cell + 20, 64 * len(strips)), "white")
+    pen = ImageDraw.Draw(picture)
+    for row, (title, clips) in enumerate(strips):
+        pen.text((10, 64 * row + 6), f"{title} ({count} frames)", fill="black")
+        for frame in range(count):
+            owner = next((i for i, clip in enumerate(clips) if frame in clip), None)
+            box = [10 + frame * cell, 64 * row + 24, 10 + (frame + 1) * cell - 2, 64 * row + 48]
+            pen.rectangle(box, fill="#e8e8e8" if owner is None else COLOURS[owner])
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------
+# Figure 3
+
+
+@torch.no_grad()
+def attention_ranks(model, videos):
+    """The mean rank of each encoder layer's attention maps, over heads and videos, all tokens visible, without a mask.
+
+    The rank counts the singular values above torch.linalg.matrix_rank's threshold for the map's size in fp32.
+    """
+    ranks, usual = [], arvideo.attend
+
+    def attend(q, k, v, heads, mask=None):
+        split_q, split_k = (x.unflatten(2, (heads, -1)).transpose(1, 2).float() for x in (q, k))
+        maps = (split_q @ split_k.transpose(2, 3) * split_q.shape[-1] ** -0.5).softmax(-1)      # [1, heads, N, N]
+        ranks.append(torch.linalg.matrix_rank(maps).float().mean().item())
+        return usual(q, k, v, heads, mask)
+
+    arvideo.attend = attend
+    try:
+        for video in videos:
+            model.encoder.features(video)
+    finally:
+        arvideo.attend = usual
+    return torch.tensor(ranks).view(len(videos), -1).mean(0).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=("method", "loss", "rank", "sampling"))
+    parser.add_argument("arguments", nargs="*", metavar="CHECKPOINT, VIDEO or RUN")
+    parser.add_argument("--output", default="assets", help="folder of the pictures (default: assets)")
+    options = parser.parse_args()
+    wanted = dict(method=2, loss=1, rank=2, sampling=0)[options.figure]
+    if len(options.arguments) < wanted:
+        parser.error(f"{options.figure} needs {wanted} arguments or more")
+    with one_sentence(ValueError):
+        if options.figure == "method":
+            model, config = load_model(options.arguments[0])
+            picture = method_picture(model, load_clip(options.arguments[1], config))
+        elif options.figure == "loss":
+            picture = chart({run: loss_curve(run) for run in options.arguments}, "pretraining loss, means of 25 steps, from step 50", "step")
+        elif options.figure == "rank":
+            model, config = load_model(options.arguments[0])
+            ranks = attention_ranks(model, [load_clip(path, config) for path in options.arguments[1:]])
+            print("layer  mean rank")
+            for layer, rank in enumerate(ranks, 1):
+                print(f"{layer:5d}  {rank:.1f}")
+            tokens = len(model.encoder.positions)
+            picture = chart({options.arguments[0]: list(enumerate(ranks, 1))}, f"rank of the attention map ({tokens} tokens)", "encoder layer")
+        else:
+            picture = sampling_picture()
+        folder = Path(options.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{options.figure}.png", optimize=True)
+    print(f"{folder / options.figure}.png")
+
+
+if __name__ == "__main__":
+    main()
