@@ -2,21 +2,22 @@
 ARVideo: autoregressive video pretraining (Ren et al. 2024, arXiv 2405.15160), sections 3.3 and 4.1.
 
 A video is cut into cubes of pixels; each cube is a token (3.3.1). Neighbouring tokens form clusters, the
-elements of the autoregression. The clusters are put into an order, by default a random one (3.3.2). An
-encoder sees a fifth of the tokens of every cluster, each token its own cluster and those before it; a
-decoder predicts the pixels of every cluster from the encoder's view of the clusters before it, for all
-places of the order in one pass (3.3.3). The loss is the mean squared error of the pixels (4.1).
+elements of the autoregression. The clusters are put into an order, by default a random one for every
+sample (3.3.2). A fifth of the tokens of every cluster but the last enters an encoder, where a token
+attends to its own cluster and to those before it; a decoder predicts the pixels of every cluster but the
+first from the encoder's output for the clusters before it, for all places of the order in one pass (3.3.3).
+The loss is the mean squared error of the pixels, each cube normalised by its own mean and deviation (4.1).
 
     model = ARVideo()                                       # ViT-B, 16 x 224 x 224
     loss = model(video, *model.draw(len(video)))            # video [B, 3, 16, 224, 224]
 
 Symbols in the shapes, with their sizes in the paper:
     B   videos in the batch             N   tokens of a video: 8 x 14 x 14         1568
-    P   pixels of a cube, one colour    512 M   clusters of a video: 4 x 2 x 2      16
-    D   width of the encoder            768 K   tokens of a cluster: 2 x 7 x 7      98
-    d   width of the decoder            512 V   visible tokens of a cluster         20
+    P   pixels of a cube, one colour   512  M   clusters of a video: 4 x 2 x 2      16
+    D   width of the encoder           768  K   tokens of a cluster: 2 x 7 x 7      98
+    d   width of the decoder           512  V   visible tokens of a cluster         20
     S   visible tokens that enter the encoder, (M - 1) V                            300
-    Q   tokens to predict, the decoder's queries, (M - 1) K                         1470
+    Q   tokens to predict, the decoder's queries, (M - predict_after) K             1470
 
 Run by `python train_pretrain.py`; this file needs torch and nothing else.
 """
@@ -241,7 +242,7 @@ class Encoder(nn.Module):
 
     def features(self, video):
         """All tokens of a whole video, for transfer: [B, 3, T, H, W] -> [B, N, D]."""
-        return Encoder.forward(self, video_to_cubes(video, self.cube))      # a classifier's own forward takes videos
+        return Encoder.forward(self, video_to_cubes(video, self.cube))      # a subclass's forward may take videos
 
 
 class DecoderBlock(nn.Module):
@@ -259,7 +260,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, memory, mask, cluster_size):
         if hasattr(self, "self_attn"):
-            clusters = self.norm0(x).reshape(-1, cluster_size, x.shape[2])          # [B (M-1), K, d]
+            clusters = self.norm0(x).reshape(-1, cluster_size, x.shape[2])          # [B Q/K, K, d]
             x = x + self.self_attn(clusters).reshape(x.shape)
         x = x + self.cross_attn(self.norm1(x), memory, mask)
         return x + self.mlp(self.norm2(x))
@@ -299,7 +300,8 @@ def run_block(block, *inputs, checkpointing):
 
 class ARVideo(nn.Module):
     """The pretraining model: encoder, decoder and loss. The arguments are config.yaml's section `model`,
-    explained there; every ablation of the paper (Tables 1, 6-10) changes one of them.
+    explained there; the ablations of the paper (Tables 1, 6-10) change them. Prediction begins after the first
+    `predict_after` clusters of the order. A place is 0 .. M-1 and counts along the order, not along the video.
 
     Raises ValueError where sizes do not fit, an order is unknown or a ratio is out of range.
     """

@@ -336,6 +336,8 @@ def main():
         return F.cross_entropy(forward(clips).float(), labels, label_smoothing=settings["label_smoothing"])
 
     def validate(epoch, last):
+        if not last and epoch % settings["validate_epochs"]:
+            return
         results = evaluate(model, val, config, process, autocast, clips=1, crops=1)
         if process.rank == 0:
             scores, best = accuracy(results, val, classes), output / "best.pt"

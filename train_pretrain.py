@@ -327,7 +327,8 @@ def check_same_training(config, checkpoint, output, stage):
     if checkpoint.get("stage") != stage:
         raise SystemExit(f"{output} holds a run of train_{checkpoint.get('stage')}.py: choose another run.output")
     saved = checkpoint["config"]
-    free = {"data.root", "data.train", "data.val", "data.max_unreadable", f"{stage}.epochs", f"{stage}.picture_epochs"}
+    free = {"data.root", "data.train", "data.val", "data.max_unreadable", "pretrain.picture_epochs", "finetune.validate_epochs",
+            f"{stage}.epochs"}
     differences = []
     for section in ("data", "model", stage, "run"):
         for key, value in config[section].items():
@@ -401,12 +402,13 @@ def draw_picture(model, video, order, visible):
     for b, places in enumerate(order.argsort(1).tolist()):                                      # cluster -> place
         for cluster, place in enumerate(places):
             t, h, w = (int(i) for i in torch.unravel_index(torch.tensor(cluster), model.blocks))
-            x, y = (t * kt * size + w * kw * pw) * scale, ((3 * b + 2) * size + h * kh * ph) * scale
-            for row in range(-2, 1):                    # outlines in all three rows: the cluster in each of its time slices
-                for i in range(kt):
-                    left, top = x + i * size * scale, y + 36 + row * size * scale
-                    pen.rectangle([left, top, left + kw * pw * scale - 1, top + kh * ph * scale - 1], outline="#ffd24d")
-            pen.text((x + 3, y + 38), str(place + 1), fill="white", stroke_width=1, stroke_fill="black")
+            for frame, row in itertools.product(range(t * kt, (t + 1) * kt), range(3)):         # where the cluster shows
+                left, top = (frame * size + w * kw * pw) * scale, ((3 * b + row) * size + h * kh * ph) * scale + 36
+                pen.rectangle([left, top, left + kw * pw * scale - 1, top + kh * ph * scale - 1], outline="#ffd24d")
+                if row == 2:
+                    pen.text((left + 3, top + 2), str(place + 1), fill="white", stroke_width=1, stroke_fill="black")
+    for frame in range(1, tokens):
+        pen.line([frame * size * scale, 36, frame * size * scale, picture.height], fill="white", width=4)
     return picture
 
 
@@ -474,9 +476,9 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     autocast, scaler = precision
     batch, repeats = settings["batch"], settings["clips_per_video"]
     at_once, accumulation = split_batch(batch, process, run["max_batch"], len(videos), f"{stage}.batch")
-    for key in ("epochs", "lr", "clips_per_video"):
+    for key in ("epochs", "lr", "clips_per_video", "picture_epochs" if stage == "pretrain" else "validate_epochs"):
         if settings[key] <= 0:
-            raise SystemExit(f"{stage}.{key}={settings[key]} trains nothing: it must be greater than 0")
+            raise SystemExit(f"{stage}.{key}={settings[key]}: it must be greater than 0")
     per_epoch = len(videos) // batch
     steps, warmup = settings["epochs"] * per_epoch, settings["warmup_epochs"] * per_epoch
     peak, floor = settings["lr"] * batch / 256, settings["min_lr"] * batch / 256

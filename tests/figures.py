@@ -100,9 +100,9 @@ def loss_curve(run):
 def sampling_picture(count=48):
     """Frames of a Something-Something video: a pretraining clip, fine-tuning segments, the test's two clips."""
     torch.manual_seed(0)
-    strips = [("pretraining: 16 neighbouring frames, stride 2, from a random start", data.dense_clips(count, 16, 2)),
+    strips = [("pretraining: every second frame, 16 of them, from a random start", data.dense_clips(count, 16, 2)),
               ("fine-tuning: one random frame from each of 16 segments", data.segment_clips(count, 16)),
-              ("test: 32 even frames, dealt to two clips in turn", data.segment_views(count, 16, 2))]
+              ("test: 32 evenly spaced frames, dealt to two clips in turn", data.segment_views(count, 16, 2))]
     cell = 14
     picture = Image.new("RGB", (count * cell + 20, 64 * len(strips)), "white")
     pen = ImageDraw.Draw(picture)

@@ -243,7 +243,7 @@ PRETRAIN = [
     ("model.decoder_heads=5", "decoder_heads 5 does not divide the width 24"),
     ("model.frames=7", "along the frames: 7 is not a multiple of 2"),
     ("model.frames=0", "frames"),
-    ("pretrain.epochs=0", "pretrain.epochs=0 trains nothing"),
+    ("pretrain.epochs=0", "pretrain.epochs=0: it must be greater than 0"),
     ("pretrain.batch=0", "pretrain.batch=0"),
     ("pretrain.batch=32", "pretrain.batch=32 is more than the 24 videos"),
     ("pretrain.lr=-1.0", "pretrain.lr=-1.0"),

@@ -112,11 +112,11 @@ def test_help_and_show_print_and_exit(capsys):
 
 def test_every_key_of_the_configuration_is_read():
     """No flag that nobody reads. The keys of `model` are ARVideo's arguments, checked above."""
-    source = "".join((ROOT / name).read_text() for name in ("train_pretrain.py", "data.py"))
+    source = "".join((ROOT / name).read_text() for name in ("train_pretrain.py", "train_finetune.py"))
     config = load_config([], "pretrain")
-    for section in ("data", "pretrain", "run"):
+    for section in ("data", "pretrain", "finetune", "run"):
         for key in config[section]:
-            assert f'["{key}"]' in source or f"['{key}']" in source, f"nobody reads {section}.{key}"
+            assert f'"{key}"' in source or f"'{key}'" in source, f"nobody reads {section}.{key}"
 
 
 # Schedule, batch, groups
