@@ -63,7 +63,6 @@ def cubes_to_video(cubes, grid, cube):
 
 def cluster_tokens(grid, cluster):
     """[M, K]: row c holds the token indices (0 .. N-1) of cluster c, clusters in raster order."""
-    blocks_per_axis(grid, cluster, "cluster")
     tokens = torch.arange(math.prod(grid)).reshape(1, 1, *grid)
     return video_to_cubes(tokens, cluster)[0, :, 0]     # a cluster is to tokens what a cube is to pixels
 

@@ -89,7 +89,10 @@ def existing(source, root, entries, quiet):
 
 def read_class_folders(source, classes):
     """One folder a class, numbered in alphabetical order."""
-    classes = classes or sorted(path.name for path in source.iterdir() if path.is_dir())
+    folders = sorted(path.name for path in source.iterdir() if path.is_dir())
+    classes = classes or folders
+    if unknown := sorted(set(folders) - set(classes)):
+        raise ValueError(f"{source}: the class '{unknown[0]}' is not among the {len(classes)} known ones")
     entries = [(str(path), label) for label, name in enumerate(classes) for path in sorted((source / name).rglob("*"))
                if path.suffix.lower() in VIDEO_SUFFIXES]
     if not entries:
@@ -547,23 +550,17 @@ def toy_clip(motion, generator):
     texture = sum(F.interpolate(octave, size=(128, 128), mode="bicubic") for octave in octaves)
     x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
     texture = (texture / texture.std() * 0.2 + 0.4 + 0.2 * brightness).clamp(0, 1)
-    time = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)   # steps; negative before mid-clip
-    sign, still = (-1 if motion % 2 else 1), torch.zeros(TOY_FRAMES)
-    shift = 1.0 * sign * time                                                       # pixels
-    angle = 2 * math.pi * turn - (0.10 * sign * time if motion in (4, 5) else still)             # radians
-    scale = 0.9 * (zoom - 0.5) + (0.04 * sign * time if motion in (6, 7) else still)            # log of the zoom
-    radius = torch.exp(-scale) * TOY_SIZE / 128         # half the window, where the texture spans -1 to 1
-    window = F.affine_grid(torch.eye(2, 3)[None], (1, 1, TOY_SIZE, TOY_SIZE), align_corners=False)[0]   # [S, S, 2]
-    window = window * radius.view(-1, 1, 1, 1)                                      # [T, S, S, 2]
-    offset = torch.zeros(TOY_FRAMES, 1, 1, 2)
+    moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2) * (-1 if motion % 2 else 1)
+    angle = 2 * math.pi * turn - 0.10 * moved * (motion in (4, 5))                  # radians
+    zoom = 0.9 * (zoom - 0.5) + 0.04 * moved * (motion in (6, 7))                   # logarithm
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    shift = torch.zeros(TOY_FRAMES, 2, 1)
     if motion < 4:
-        offset[..., motion // 2] = (shift * 2 / 128).view(-1, 1, 1)
-    window = window + offset
-    cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
-    window = torch.stack((cos * window[..., 0] - sin * window[..., 1], sin * window[..., 0] + cos * window[..., 1]), -1)
-    window = window + (torch.tensor([x, y]) - 0.5) * 0.4
-    texture = texture.expand(TOY_FRAMES, 3, -1, -1)
-    frames = F.grid_sample(texture, window, padding_mode="reflection", align_corners=False)
+        shift[:, motion // 2, 0] = moved * 2 / 128                                  # a pixel a step; the texture spans -1 to 1
+    place = rotation @ shift + (torch.tensor([[x], [y]]) - 0.5) * 0.4
+    window = torch.cat([rotation * torch.exp(-zoom).view(-1, 1, 1) * TOY_SIZE / 128, place], 2)                  # [T, 2, 3]
+    window = F.affine_grid(window, (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE), align_corners=False)
+    frames = F.grid_sample(texture.expand(TOY_FRAMES, 3, -1, -1), window, padding_mode="reflection", align_corners=False)
     return (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
@@ -634,18 +631,19 @@ def unreadable_reason(path):
         return str(error)
 
 
-def check(paths, workers):
-    """Decode every frame of every video, with a progress bar; returns the reasons of the unreadable ones."""
+def failures(function, jobs, workers):
+    """The reasons that function(job) returns for jobs that failed; with several processes and a progress bar."""
     with multiprocessing.Pool(workers) as pool:
-        reasons = pool.imap_unordered(unreadable_reason, paths, chunksize=4)
-        return sorted(filter(None, tqdm(reasons, total=len(paths), unit="video")))
+        reasons = pool.imap_unordered(function, jobs, chunksize=4)
+        return sorted(filter(None, tqdm(reasons, total=len(jobs), unit="video")))
 
 
-def shrink_video(source, target, short_side, key_frames):
-    """Re-encode a video as H.264 without audio: at most `short_side` pixels, a key frame every `key_frames`.
+def shrink_video(job, short_side, key_frames):
+    """Re-encode a video (source, target) as H.264 without audio: at most `short_side` pixels, a key frame every `key_frames`.
 
     Frames and their times stay; a rotation in the header is carried out. Returns None or why it failed.
     """
+    source, target = job
     temporary = target.with_name(f".{target.name}.part")
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode", "x264-params": "b-pyramid=none"}
     try:
@@ -694,15 +692,9 @@ def shrink(source, target, short_side, key_frames, workers):
         raise ValueError(f"{source}: there are no videos below this folder")
     for folder in {goal.parent for goal in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
-    todo = [(path, goal, short_side, key_frames) for goal, path in jobs.items() if not goal.exists()]
+    todo = [(path, goal) for goal, path in jobs.items() if not goal.exists()]
     print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done already")
-    with multiprocessing.Pool(workers) as pool:
-        reasons = pool.imap_unordered(shrink_job, todo)
-        return sorted(filter(None, tqdm(reasons, total=len(todo), unit="video")))
-
-
-def shrink_job(job):
-    return shrink_video(*job)
+    return failures(partial(shrink_video, short_side=short_side, key_frames=key_frames), todo, workers)
 
 
 def main():
@@ -726,7 +718,7 @@ def main():
             config = train_pretrain.load_config(options.arguments, "pretrain")
             train, val, _ = train_pretrain.read_lists(config, train_pretrain.Process(0, 1, torch.device("cpu")))
             paths = list(dict.fromkeys(path for path, _ in train + val))    # a list may name a video twice
-            reasons = check(paths, max(1, config["run"]["workers"]))
+            reasons = failures(unreadable_reason, paths, max(1, config["run"]["workers"]))
     for reason in reasons:
         print(reason)
     print(f"{len(reasons)} unreadable")

@@ -36,6 +36,7 @@ from train_pretrain import (adamw, fit, give_up, ignore_signals, load_checkpoint
 # The keys of section `model` that make an encoder, with or without a decoder
 ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
 LEFT_BEHIND = ("decoder.", "encoder_to_decoder.", "mask_token", "norm.")        # of pretraining: no use in transfer
+NEW = ("fc_norm.", "head.")                             # of fine-tuning: belong to the classes of a data set
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def mix_videos(clips, labels, mixes, repeats):
 
 
 def layer_decay(depth, decay):
-    """scale(parameter name): 1 for the head, `decay` less for every layer below it, least for the cube embedding."""
+    """scale(parameter name): 1 for the head and for a probe, `decay` less for every layer below, least for the cube embedding."""
     def scale(name):
         layer = 0 if name.startswith("patch_embed.") else depth + 1
         if name.startswith("blocks."):
@@ -154,17 +155,13 @@ def load_weights(model, path, config):
         return f"all weights, the classifier's too, from {path}", True
 
     encoder = model.encoder if isinstance(model, Probe) else model
-    new = ("fc_norm.", "head.")
+    wanted = {name: tensor.shape for name, tensor in encoder.state_dict().items() if not name.startswith(NEW)}
     prefix = "encoder." if any(name.startswith("encoder.") for name in state) else ""       # pretraining's or a probe's
-    wanted = {name: tensor.shape for name, tensor in encoder.state_dict().items() if not name.startswith(new)}
-    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items()
-              if name.startswith(prefix) and not name.startswith(new)}
-    outside = [name for name in state if not name.startswith(prefix) or name.startswith(new)]
-    left = sorted({name.split(".")[0] for name in [*outside, *(set(inside) - set(wanted))]})
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    others = [name.removeprefix(prefix) for name in state if not name.startswith(prefix) or name.removeprefix(prefix) not in wanted]
     problems = {
         "missing": sorted(set(wanted) - set(inside)),
-        "unexpected": [name for name in [*sorted(set(inside) - set(wanted)), *outside]
-                       if not name.startswith(LEFT_BEHIND + new)],
+        "unexpected": [name for name in others if not name.startswith(LEFT_BEHIND + NEW)],
         "of another shape": [f"{name} {list(inside[name].shape)} instead of {list(shape)}"
                              for name, shape in wanted.items() if name in inside and inside[name].shape != shape],
     }
@@ -172,7 +169,7 @@ def load_weights(model, path, config):
         raise SystemExit(f"{path} does not fit this model: "
                          + "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names))
     encoder.load_state_dict({name: inside[name] for name in wanted}, strict=False)
-    left = ", ".join(left) or "nothing"
+    left = ", ".join(sorted({name.split(".")[0] for name in others})) or "nothing"
     return f"{len(wanted)} tensors of the encoder from {path}; left behind: {left}; new: the head", False
 
 
@@ -229,11 +226,10 @@ def evaluate(model, entries, config, process, autocast, clips, crops):
 def accuracy(results, entries, classes):
     """top-1, top-5 and per-class accuracy in percent; an unreadable video counts as wrong."""
     ranks = {i: p.argsort(descending=True).tolist().index(entries[i][1]) for i, p, _ in results if p is not None}
-    per_class = {}
-    for c, name in enumerate(classes):
-        own = [ranks.get(i, len(classes)) == 0 for i, _, _ in results if entries[i][1] == c]
-        if own:
-            per_class[name] = 100 * sum(own) / len(own)
+    right = {}
+    for i, _, _ in results:
+        right.setdefault(entries[i][1], []).append(ranks.get(i) == 0)
+    per_class = {classes[c]: 100 * sum(own) / len(own) for c, own in sorted(right.items())}
     return dict(top1=100 * sum(rank == 0 for rank in ranks.values()) / len(results),
                 top5=100 * sum(rank < 5 for rank in ranks.values()) / len(results),
                 videos=len(results), unreadable=[reason for _, _, reason in results if reason], per_class=per_class)
@@ -347,8 +343,7 @@ def main():
                                            top1=scores["top1"]))
 
     if not settings["test_only"]:
-        scale = layer_decay(config["model"]["depth"], settings["layer_decay"])
-        optimizer = adamw(model, settings, process.device, scale if settings["probe"] == "none" else lambda name: 1.0)
+        optimizer = adamw(model, settings, process.device, layer_decay(config["model"]["depth"], settings["layer_decay"]))
         videos = data.Videos(train, choose, augment, run["seed"])
         fit(config, "finetune", process, precision, model, videos, optimizer, loss_of, validate, classes=classes)
         origin = f"{output / 'last.pt'}, the last weights"

@@ -139,7 +139,7 @@ def one_sentence(*kinds):
         yield
     except (data.UnreadableVideo, OSError, *kinds) as error:
         # A worker's error carries its traceback in the message; the last line says what happened
-        raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.UnreadableVideo: ")) from None
+        raise SystemExit((str(error).strip() or repr(error)).splitlines()[-1].removeprefix("data.UnreadableVideo: ")) from None
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise SystemExit(f"out of memory ({first_line(error)}): set run.max_batch below the videos that a process takes "
@@ -181,7 +181,8 @@ def start_process(run):
         try:
             store, rank, world = next(dist.rendezvous("env://"))
             # A restart by torchrun meets the addresses of the attempt before in its store, unless it has keys of its own
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":      # several machines do not count restarts alike
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world)
         except dist.DistNetworkError as error:
             raise SystemExit(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
@@ -202,10 +203,6 @@ def mixed_precision(precision, device):
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def precision_name(autocast):
-    return str(autocast.keywords["dtype"]).removeprefix("torch.")
-
-
 def split_batch(batch, process, limit, videos, name):
     """(videos a process takes at once, accumulation steps) of a global batch; SystemExit if it cannot be shared."""
     if batch < 1 or batch % process.world:
@@ -224,7 +221,7 @@ def split_batch(batch, process, limit, videos, name):
 
 
 def learning_rate(step, steps, warmup, peak, floor):
-    """Linear from 0 to `peak` over `warmup` steps, then a cosine to `floor` at the last step."""
+    """Linear from 0 to `peak` over `warmup` steps, then a cosine that reaches `floor` after the last step."""
     if step < warmup:
         return peak * step / warmup
     return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
@@ -322,19 +319,21 @@ def last_checkpoint(output, resume):
             print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
 
 
-def check_same_training(config, checkpoint, output, stage):
-    """SystemExit if going on with `config` would train another model, on other data or in another way."""
+def check_same_training(config, checkpoint, output, stage, videos):
+    """SystemExit if going on with `config` would train another model, on another number of videos or in another way."""
     if checkpoint.get("stage") != stage:
         raise SystemExit(f"{output} holds a run of train_{checkpoint.get('stage')}.py: choose another run.output")
     saved = checkpoint["config"]
-    free = {"data.root", "data.train", "data.val", "data.max_unreadable", "pretrain.picture_epochs", "finetune.validate_epochs",
-            f"{stage}.epochs"}
+    free = {"data.root", "data.train", "data.val", "data.max_unreadable", "model.checkpointing", "pretrain.picture_epochs",
+            "finetune.validate_epochs", "finetune.test_clips", "finetune.test_crops", "finetune.test_only", f"{stage}.epochs"}
     differences = []
     for section in ("data", "model", stage, "run"):
         for key, value in config[section].items():
-            name, before = f"{section}.{key}", saved.get(section, {}).get(key)
+            name, before = f"{section}.{key}", saved[section].get(key, value)       # a key may be newer than the run
             if value != before and name not in free and (section != "run" or key == "seed"):
                 differences.append(f"{name} is {value!r}, was {before!r}")
+    if videos != checkpoint["videos"]:
+        differences.append(f"data.train has {videos} readable paths, had {checkpoint['videos']}")
     if differences:
         raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differences)}. "
                          "Restore these values or choose another run.output")
@@ -362,7 +361,9 @@ class Log:
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
+        kept = path.with_name("log.jsonl.tmp")
+        kept.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
+        kept.replace(path)
         self.file = open(path, "a", buffering=1)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -485,19 +486,20 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
 
     # Go on from the last checkpoint
     tried = unreadable = first = 0
-    checkpoint = last_checkpoint(output, run["resume"])
-    if checkpoint:
-        check_same_training(config, checkpoint, output, stage)
+    if checkpoint := last_checkpoint(output, run["resume"]):
+        check_same_training(config, checkpoint, output, stage, len(videos))
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:                        # empty unless the run before had fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         first, tried, unreadable = (checkpoint[key] for key in ("step", "tried", "unreadable"))
+    del checkpoint                                      # a second copy of everything
     if process.world > 1:
         everywhere = [None] * process.world
-        dist.all_gather_object(everywhere, first)
+        dist.all_gather_object(everywhere, (first, len(videos)))
         if len(set(everywhere)) > 1:
-            give_up(process, f"the processes would go on from different steps, {everywhere}: {output} must be the same "
-                             "folder for all of them, on all machines")
+            give_up(process, f"the processes differ in (step to go on from, videos found): {everywhere}; {output} and the "
+                             "videos must be the same for all of them, on all machines")
     if first >= steps:
         return False
 
@@ -510,7 +512,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
               f"{repeats} clips of each\n"
               f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, {warmup} of them warm-up, "
               f"lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, cosine to {floor:.3g}\n"
-              f"  device     {process.device}, {precision_name(autocast)}, torch {torch.__version__}, "
+              f"  device     {process.device}, {str(autocast.keywords['dtype']).removeprefix('torch.')}, torch {torch.__version__}, "
               f"{run['workers']} workers a process\n"
               f"  output     {output}" + (f", going on from step {first}" if first else ""))
 
@@ -546,7 +548,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
             if not finite:
                 give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last "
-                                 f"checkpoint is kept; try a smaller {stage}.lr, {stage}.clip_norm=1 or run.precision=fp32")
+                                 f"checkpoint is kept: go on with run.precision=fp32, or begin again with a smaller {stage}.lr or {stage}.clip_norm=1")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -569,7 +571,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
                 if process.rank == 0:
                     save_checkpoint(output / "last.pt", dict(
                         model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        stage=stage, step=step + 1, tried=tried, unreadable=unreadable, config=config, **also))
+                        stage=stage, step=step + 1, videos=len(videos), tried=tried, unreadable=unreadable, config=config, **also))
             if stopping:
                 if process.world > 1:
                     dist.barrier()                      # nobody leaves before the first process has saved
@@ -609,12 +611,16 @@ def main():
         return forward(data.normalise(batch[0], process.device), order[rows], visible[rows])
 
     def end_epoch(epoch, last):
-        if process.rank == 0 and (last or epoch % settings["picture_epochs"] == 0):
+        if process.rank > 0 or not last and epoch % settings["picture_epochs"]:
+            return
+        try:
             clips = torch.cat([val_videos[0, i * len(val_videos) // 4][0][:1] for i in range(4)])
             with autocast():
                 picture = draw_picture(model, data.normalise(clips, process.device),
                                        *model.draw(len(clips), generator.manual_seed(run["seed"])))
             picture.save(output / f"predictions_{epoch:04d}.png")
+        except (data.UnreadableVideo, OSError) as error:        # no reason to lose a run
+            tqdm.write(f"no picture of epoch {epoch}: {error}", file=sys.stderr)
 
     optimizer = adamw(model, settings, process.device)
     trained = fit(config, "pretrain", process, precision, model, videos, optimizer, loss_of, end_epoch)

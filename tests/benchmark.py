@@ -17,13 +17,14 @@ import datetime
 import multiprocessing
 import os
 import platform
-import resource
 import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -192,24 +193,25 @@ def peak_memory(command, name, config, batch, device):
     try:
         step = stepper(contender, config, batch, torch.device(device))
         step(), step()
-    except torch.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+            return None
+        raise
     return torch.cuda.max_memory_allocated() if device == "cuda" else most_resident() - before
 
 
 def most_resident():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes; not from getrusage, whose maximum a process inherits from the one that started it."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
 def alone(function, *arguments):
     """function(*arguments) in a process of its own, or None if the system ends that process."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        worker, result = pool._pool[0], pool.apply_async(function, arguments)
-        while not result.ready():
-            result.wait(0.2)
-            if worker.exitcode not in (None, 0):
-                return None
-        return result.get()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            return None
 
 
 def matrix_rate(precision, device):
@@ -239,11 +241,11 @@ def tokens(contender, config):
 
 def benchmark_step(options, config, device):
     group, batch = contenders(options.command, device.type), options.batch or (64 if device.type == "cuda" else 2)
+    memory = [alone(peak_memory, options.command, contender.name, config, batch, device.type) for contender in group]
     steps = [stepper(contender, config, batch, device) for contender in group]
     for step in steps:
         step(), step()                                  # warm up and compile
     seconds = list(zip(*([step() for step in steps] for _ in range(options.rounds))))           # in turns
-    memory = [alone(peak_memory, options.command, contender.name, config, batch, device.type) for contender in group]
     rates = {precision: matrix_rate(precision, device) for precision in {contender.precision for contender in group}}
     first = statistics.median(seconds[0])
     rows = []
@@ -265,12 +267,14 @@ def benchmark_memory(options, config, device):
     group, rows, batch = contenders("step", device.type), [], 1
     while group:
         row = {"batch": batch}
+        room = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
         for contender in contenders("step", device.type):
-            peak = alone(peak_memory, "step", contender.name, config, batch, device.type) if contender in group else None
-            row[contender.name] = f"{peak / 2**30:.2f} GiB" if peak else "does not fit"
-            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-            if contender in group and (peak is None or device.type == "cpu" and 2 * peak > room or batch == options.batch):
-                group.remove(contender)
+            row[contender.name] = "not tried"
+            if contender in group:
+                peak = alone(peak_memory, "step", contender.name, config, batch, device.type)
+                row[contender.name] = f"{peak / 2**30:.2f} GiB" if peak else "does not fit"
+                if peak is None or device.type == "cpu" and 2 * peak > room or 0 < options.batch < 2 * batch:
+                    group.remove(contender)
         rows.append(row)
         batch *= 2
     return "peak memory of two training steps", rows
@@ -325,9 +329,12 @@ def read_everything(path, indices):
 
 
 def decode_packets(path, indices):
-    """libavcodec's own time for the packets that our reader feeds it: nothing opened, demuxed or converted."""
+    """libavcodec's own time for the packets that our reader feeds it: nothing opened, demuxed or converted. Not a
+    number where our reader must decode from the start and count."""
     with data.open_video(path) as (container, stream):
         packets = data.read_packets(container, stream)
+        if not data.timestamps_are_an_index(container, stream, packets):
+            return float("nan")
         shown = sorted(packet.pts for packet in packets if not packet.is_discard)
         wanted, convert = {shown[i] for i in indices}, data.to_rgb
         data.to_rgb = lambda frame: None
@@ -355,7 +362,7 @@ def read_torchcodec(path, indices):
 
 def count_frames(path):
     with data.open_video(path) as (container, stream):
-        return len(data.read_packets(container, stream))
+        return sum(not packet.is_discard for packet in data.read_packets(container, stream))
 
 
 def benchmark_decode(options, config, device):
@@ -383,7 +390,7 @@ def benchmark_decode(options, config, device):
         rows = []
         for name, path, stride in jobs:
             shrunk = folder / f"shrunk-{path.stem}.mp4"
-            if reason := data.shrink_video(path, shrunk, 320, 32):
+            if reason := data.shrink_video((path, shrunk), 320, 32):
                 raise SystemExit(reason)
             runs = {**{who: partial(read, path) for who, read in readers.items()}, "shrunk": partial(read_ours, shrunk)}
             seconds, count = {who: [] for who in runs}, count_frames(path)
@@ -411,13 +418,12 @@ def benchmark_loader(options, config, device):
     with tempfile.TemporaryDirectory() as folder:
         original, shrunk = Path(folder, "original.mp4"), Path(folder, "shrunk.mp4")
         synthetic_video(original, 250, 256, 454, 25, 250)
-        data.shrink_video(original, shrunk, 320, 32)
+        data.shrink_video((original, shrunk), 320, 32)
         for path in (original, shrunk):
             choose = partial(data.dense_clips, frames=frames, stride=config["data"]["stride"])
             videos = data.Videos([(str(path), 0)] * 1000, choose, partial(data.pretraining_clip, size=size, flip=False), 0)
             for workers in (1, 2):
-                loader = DataLoader(videos, 4, sampler=data.TrainingOrder(1000, 4, 0, 4 * options.rounds + 4, 0, 0, 1), num_workers=workers,
-                                    collate_fn=data.collate)
+                loader = DataLoader(videos, 4, sampler=data.TrainingOrder(1000, 4, 0, 44, 0, 0, 1), num_workers=workers, collate_fn=data.collate)
                 batches = iter(loader)
                 for _ in range(4):                      # the workers have started
                     next(batches)

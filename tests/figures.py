@@ -28,13 +28,15 @@ COLOURS = ("#c0392b", "#2563a8", "#2e8b57", "#8e44ad", "#7f6000", "#555555")
 
 
 def load_model(name):
-    """(model, stride) of a checkpoint, or of random:PRESET."""
-    config = load_config([name.removeprefix("random:")], "pretrain") if name.startswith("random:") else load_checkpoint(name)["config"]
+    """(model, configuration) of a checkpoint, or of random:PRESET."""
     torch.manual_seed(0)
-    model = arvideo.ARVideo(**config["model"])
-    if not name.startswith("random:"):
-        model.load_state_dict(load_checkpoint(name)["model"])
-    return model.eval(), config
+    if name.startswith("random:"):
+        config = load_config([name.removeprefix("random:")], "pretrain")
+        return arvideo.ARVideo(**config["model"]).eval(), config
+    checkpoint = load_checkpoint(name)
+    model = arvideo.ARVideo(**checkpoint["config"]["model"])
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint["config"]
 
 
 def load_clip(path, config):

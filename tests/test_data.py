@@ -404,5 +404,5 @@ def test_shrink_keeps_frames_and_times_and_resumes(tmp_path, capsys):
 def test_check_lists_the_unreadable(tmp_path, capsys):
     good = encode(tmp_path / "good.mp4")
     bad = broken_files(tmp_path)[1]
-    reasons = data.check([str(good), str(tmp_path / bad)], 2)
+    reasons = data.failures(data.unreadable_reason, [str(good), str(tmp_path / bad)], 2)
     assert len(reasons) == 1 and bad in reasons[0]

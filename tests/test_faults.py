@@ -193,17 +193,13 @@ def finished(toy, tmp_path_factory):
     return output
 
 
-def snapshot(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} if folder.exists() else None
-
-
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, toy, finished):
     """A folder of bad files, named below as {bad}/..."""
     bad = tmp_path_factory.mktemp("bad")
     for name, text in {
         "empty.txt": "", "words.txt": "00001.mp4 cat\n", "gone.txt": "nothing.mp4 0\n", "high.txt": "00001.mp4 9\n",
-        "bare.txt": "00001.mp4\n", "mixed.txt": "00001.mp4 1\n00002.mp4\n", "one.txt": "00001.mp4 1\n", "broken.txt": "broken.mp4 0\n" * 8,
+        "bare.txt": "00001.mp4\n", "mixed.txt": "00001.mp4 1\n00002.mp4\n", "one.txt": "00001.mp4 1\n", "fewer.txt": "00001.mp4 1\n" * 8, "broken.txt": "broken.mp4 0\n" * 8,
         "columns.csv": "label,youtube_id\nx,y\n", "unknown.json": '[{"id": "00001", "template": "Eating [something]"}]',
         "labels.json": '{"Holding something": "0"}', "text.pt": "hello", "empty.pt": "", "broken.mp4": "hello",
     }.items():
@@ -260,7 +256,8 @@ PRETRAIN = [
     ("data.train={bad}/unknown.json", "the class 'Eating something' is not among"),
     ("data.root={bad}/nowhere", "nowhere: there is no such folder"),
     ("run.output={bad}/text.pt/run", "text.pt"),
-    ("run.output={finished} pretrain.lr=1.0", "pretrain.lr is 1.0, was 0.012"),
+    ("run.output={finished} pretrain.lr=1.0", "pretrain.lr is 1.0, was 0.006"),
+    ("run.output={finished} data.train={bad}/fewer.txt pretrain.batch=8", "data.train has 8 readable paths, had 24"),
     ("run.output={finished} run.resume=false", "holds a run: choose another run.output"),
     ("run.device=tpu", "run.device 'tpu' is unknown"),
     ("run.precision=fp16", "run.precision=fp16 needs a GPU"),

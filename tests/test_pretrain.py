@@ -110,6 +110,14 @@ def test_help_and_show_print_and_exit(capsys):
     assert shown == load_config(["k400", "run.seed=3"], "pretrain")
 
 
+def test_presets_say_only_what_differs():
+    base = train_pretrain.read_config_file()
+    for preset, sections in base["presets"].items():
+        for section, changes in sections.items():
+            same = [key for key, value in changes.items() if base[section][key] == value]
+            assert not same, f"{preset}: {section}.{', '.join(same)}"
+
+
 def test_every_key_of_the_configuration_is_read():
     """No flag that nobody reads. The keys of `model` are ARVideo's arguments, checked above."""
     source = "".join((ROOT / name).read_text() for name in ("train_pretrain.py", "train_finetune.py"))
@@ -160,7 +168,7 @@ def test_a_run_leaves_checkpoint_log_and_pictures(reference, toy):
     assert checkpoint["step"] == 6 and "encoder.blocks.1.attn.qkv.weight" in checkpoint["model"]
     assert log_of(output, "step", "epoch") == [[i + 1, i // 3] for i in range(6)]
     assert {"loss", "lr", "clips_per_second", "data_share"} <= set(json.loads((output / "log.jsonl").open().readline()))
-    assert "8 = 1 processes x 1 accumulation steps x 8 videos" in printed and "lr 0.000375 = 0.012 x 8 / 256" in printed
+    assert "8 = 1 processes x 1 accumulation steps x 8 videos" in printed and f"lr {0.006 * 8 / 256:.3g} = 0.006 x 8 / 256" in printed
     code, out, err = run([*TINY, *toy, f"run.output={output}"])
     assert code == 0 and "already finished" in out and "step/s" not in err
 
