@@ -1,5 +1,5 @@
 """
-Speed and memory, as ratios measured in turns in one run; what a figure is of stands beside it.
+Speed and memory, as ratios measured in turns in one run; absolute times of steps only on a GPU.
 
     python tests/benchmark.py step [PRESET] [section.key=value ...]     a pretraining step beside VideoMAE's (Table 5)
     python tests/benchmark.py memory [PRESET] [...]                     the same over batch sizes, until none fits
@@ -254,8 +254,9 @@ def benchmark_step(options, config, device):
         counts = dict(zip(("encoder Q", "K/V", "decoder Q", "decoder K/V"), tokens(contender, config))) if options.command == "step" else {}
         rows.append({
             "": contender.name, "precision": contender.precision + (", compiled" if contender.compiled else ""), **counts,
-            "forward GFLOPs": f"{flops / 1e9:.3g}", "s a step": f"{median:.3f}", "fastest to slowest": f"{min(times):.3f}-{max(times):.3f}",
-            "clips/s": f"{batch / median:.2f}",
+            "forward GFLOPs": f"{flops / 1e9:.3g}",
+            **(dict(zip(("s a step", "clips/s"), (f"{median:.3f}", f"{batch / median:.1f}"))) if device.type == "cuda" else {}),
+            "fastest to slowest": f"{min(times) / median:.2f}-{max(times) / median:.2f}",
             "of the matrix rate": f"{3 * flops * batch / median / rates[contender.precision]:.0%}",     # backward: twice forward
             "peak GiB": f"{peak / 2**30:.2f}" if peak else "does not fit",
             "speed, ratio": f"{first / median:.2f}", "memory, ratio": f"{memory[0] / peak:.2f}" if peak and memory[0] else "-"})

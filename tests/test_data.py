@@ -296,7 +296,7 @@ def toy_videos(toy, seed=0, clips=1):
 def test_the_toy_set_is_the_same_when_made_twice(toy, tmp_path):
     data.make_toy_set(tmp_path / "again", {"train": 24, "val": 8})
     files = sorted(path.relative_to(toy) for path in toy.rglob("*") if path.is_file())
-    assert len(files) == 24 + 8 + 3
+    assert len(files) == 24 + 8 + 4
     assert all((toy / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
 
 
