@@ -191,7 +191,7 @@ def layer_norm(width):
 
 
 def initialise(module):
-    """VideoMAE's initialisation: xavier-uniform linear layers without bias, Conv3d as torch has it."""
+    """VideoMAE's initialisation: linear layers xavier-uniform, their biases 0; Conv3d as torch has it."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
