@@ -333,7 +333,7 @@ def check_same_training(config, checkpoint, output, stage, videos):
             if value != before and name not in free and (section != "run" or key == "seed"):
                 differences.append(f"{name} is {value!r}, was {before!r}")
     if videos != checkpoint["videos"]:
-        differences.append(f"data.train has {videos} readable paths, had {checkpoint['videos']}")
+        differences.append(f"data.train has {videos} videos, had {checkpoint['videos']}")
     if differences:
         raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differences)}. "
                          "Restore these values or choose another run.output")
@@ -512,8 +512,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
               f"{repeats} clips of each\n"
               f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, {warmup} of them warm-up, "
               f"lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, cosine to {floor:.3g}\n"
-              f"  device     {process.device}, {str(autocast.keywords['dtype']).removeprefix('torch.')}, torch {torch.__version__}, "
-              f"{run['workers']} workers a process\n"
+              f"  device     {process.device}, {str(autocast.keywords['dtype']).removeprefix('torch.')}, "
+              f"torch {torch.__version__}, {run['workers']} workers a process\n"
               f"  output     {output}" + (f", going on from step {first}" if first else ""))
 
     # Which clips of the global batch each micro-batch of this process has
@@ -548,7 +548,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
             if not finite:
                 give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last "
-                                 f"checkpoint is kept: go on with run.precision=fp32, or begin again with a smaller {stage}.lr or {stage}.clip_norm=1")
+                                 f"checkpoint is kept: go on with run.precision=fp32, or begin again with a smaller "
+                                 f"{stage}.lr or {stage}.clip_norm=1")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

@@ -257,7 +257,7 @@ PRETRAIN = [
     ("data.root={bad}/nowhere", "nowhere: there is no such folder"),
     ("run.output={bad}/text.pt/run", "text.pt"),
     ("run.output={finished} pretrain.lr=1.0", "pretrain.lr is 1.0, was 0.006"),
-    ("run.output={finished} data.train={bad}/fewer.txt pretrain.batch=8", "data.train has 8 readable paths, had 24"),
+    ("run.output={finished} data.train={bad}/fewer.txt pretrain.batch=8", "data.train has 8 videos, had 24"),
     ("run.output={finished} run.resume=false", "holds a run: choose another run.output"),
     ("run.device=tpu", "run.device 'tpu' is unknown"),
     ("run.precision=fp16", "run.precision=fp16 needs a GPU"),
