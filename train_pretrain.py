@@ -286,6 +286,8 @@ def save_checkpoint(path, content):
     except (OSError, RuntimeError) as error:            # torch says RuntimeError when the disk is full
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if "DataLoader worker" in str(error):           # raised by a signal handler, wherever the process happens to be
+            raise
         raise SystemExit(f"{path} could not be written ({first_line(error)}); the checkpoint before it is kept. "
                          "Is the disk full? Make room and run the same command again") from None
     if path.name == "last.pt" and path.exists():
