@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text()
 FIRST = ".venv/bin/python train_pretrain.py"
 COMMANDS = [FIRST] + [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
             for line in block.splitlines() if "pip install" not in line]                # that is CI's to type
+FIGURES = [span for span in re.findall(r"`(python tests/figures.py [^`\n]+)`", README) if not re.search("[A-Z]{4}", span)]
 TINY = ["model.frames=8", "model.size=32", "model.cube=[2,4,4]", "model.cluster=[2,4,4]", "model.width=32", "model.depth=2",
         "model.heads=2", "model.decoder_width=24", "model.decoder_depth=1", "model.decoder_heads=2", "pretrain.batch=8",
         "pretrain.epochs=1", "pretrain.warmup_epochs=0", "finetune.batch=8", "finetune.epochs=1", "finetune.warmup_epochs=0",
@@ -70,6 +71,16 @@ def test_the_commands_run(command, ran):
     assert FIRST in README
     status, output = ran[command]
     assert status == 0, output
+
+
+@pytest.mark.parametrize("command", FIGURES)
+def test_the_figures_are_drawn(command, folder, ran):
+    for seed in (0, 2):                                 # the README names seed 1 and leaves these to the reader
+        shutil.copytree(folder / "runs" / "toy" / "pretrain", folder / "runs" / f"toy-{seed}" / "pretrain", dirs_exist_ok=True)
+    typed = command.replace("python tests", f"{sys.executable} {ROOT}/tests")
+    drawn = subprocess.run(typed, shell=True, cwd=folder, text=True, capture_output=True, timeout=120)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (folder / drawn.stdout.splitlines()[-1]).stat().st_size > 0
 
 
 def test_the_settings_of_the_papers_tables_exist():
