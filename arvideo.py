@@ -363,18 +363,22 @@ class ARVideo(nn.Module):
         return prediction.unflatten(2, (3, -1))                                             # [B, Q, 3, P]
 
     def statistics(self, cubes):
-        """Mean and deviation [..., 1] that normalise the target: a cube's own, for each colour."""
+        """What normalises the target: each cube's mean and standard deviation [..., 1] for each colour, or 0 and 1."""
         if not self.normalise_target:
             return 0.0, 1.0
         deviation, mean = torch.std_mean(cubes, dim=-1, keepdim=True)
         return mean, deviation + 1e-6                   # a flat cube must not divide by zero
+
+    def truth(self, video, cubes):
+        """What every token's prediction is measured by, [B, N, 3, P]: the cubes [B, N, 3, P] of the video themselves."""
+        return cubes
 
     def forward(self, video, order, visible):
         """The loss, a scalar. video [B, 3, T, H, W], normalised; order and visible as draw() gives them."""
         cubes = video_to_cubes(video, self.cube)                                            # [B, N, 3, P]
         seen, target = self.line_up(order, visible)                                         # [B, S], [B, Q]
         prediction = self.predict(cubes, seen, target)                                      # [B, Q, 3, P]
-        truth = take(cubes, target)                                                         # [B, Q, 3, P]
+        truth = take(self.truth(video, cubes), target)                                      # [B, Q, 3, P]
         mean, deviation = self.statistics(truth)                                            # [B, Q, 3, 1]
         return F.mse_loss(prediction.float(), (truth - mean) / deviation)
 
@@ -386,7 +390,7 @@ class ARVideo(nn.Module):
         """
         cubes = video_to_cubes(video, self.cube)
         seen, target = self.line_up(order, visible)
-        mean, deviation = self.statistics(take(cubes, target))
+        mean, deviation = self.statistics(take(self.truth(video, cubes), target))
         prediction = self.predict(cubes, seen, target).float() * deviation + mean
         rows = torch.arange(len(cubes), device=cubes.device)[:, None]
         pictures = torch.zeros_like(cubes), torch.zeros_like(cubes)
@@ -399,8 +403,9 @@ def pretrained_encoder(checkpoint):
     """The encoder alone, for transfer (3.3.3), from a checkpoint that train_pretrain.py wrote.
 
     Without a mask every token attends to every other: encoder.features(video [B, 3, T, H, W]) -> [B, N, D].
-    Raises RuntimeError, naming the tensors, if the checkpoint and the model that it describes differ.
+    Raises RuntimeError, naming the tensors, if the checkpoint's encoder and the one that it describes differ.
     """
-    model = ARVideo(**checkpoint["config"]["model"])
-    model.load_state_dict(checkpoint["model"])
-    return model.encoder.eval()
+    encoder = ARVideo(**checkpoint["config"]["model"]).encoder
+    encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in checkpoint["model"].items()
+                             if name.startswith("encoder.")})
+    return encoder.eval()

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import Dataset, Sampler
-from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
@@ -41,22 +41,22 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def read_annotations(source, root="", classes=None, quiet=False):
     """Videos of a data set: ([(path, label or None), ...], class names or None).
 
-    `source` is a folder of classes, Kinetics' CSV, Something-Something's JSON (with labels.json beside it)
-    or a list of lines `path` or `path label`, itself under `root` or not; its content tells which. Videos lie under `root`
-    or, for a list, under the list's own folder. `classes`, the names of the training set, fixes the class
+    `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's JSON (with labels.json beside
+    it) or a list of lines `path` or `path label`, itself under `root` or not; its content tells which. Videos lie under
+    `root` or, for a list, under the list's own folder. `classes`, the names of the training set, fixes the class
     numbers; without it Kinetics' labels are numbered in alphabetical order. Files that do not exist are
     counted and named on stderr, unless `quiet`. Raises ValueError naming the file, the line and what is wrong with it.
     """
-    source = Path(source).expanduser()
-    if root and not source.exists() and Path(root, source).expanduser().exists():
-        source = Path(root, source).expanduser()
+    places = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
+    source = next((place for place in places if place.exists()), None)
+    if source is None:
+        raise ValueError(f"{' and '.join(map(str, places))}: there is no such annotation file; "
+                         "look at data.root, data.train and data.val")
     root = Path(root).expanduser() if root else source if source.is_dir() else source.parent
     if source.is_dir():
-        return read_class_folders(source, classes)
+        return read_folder(source, classes)
     try:
         text = source.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{source}: there is no such annotation file") from None
     except UnicodeDecodeError:
         raise ValueError(f"{source}: this is not a text file; expected a CSV, a JSON or a list of videos") from None
     if not text.strip():
@@ -87,8 +87,8 @@ def existing(source, root, entries, quiet):
     return [(str(path), label) for path, _, label in entries if path is not None]
 
 
-def read_class_folders(source, classes):
-    """One folder a class, numbered in alphabetical order."""
+def read_folder(source, classes):
+    """One folder a class, numbered in alphabetical order; or, for pretraining, videos without labels."""
     folders = sorted(path.name for path in source.iterdir() if path.is_dir())
     classes = classes or folders
     if unknown := sorted(set(folders) - set(classes)):
@@ -96,7 +96,9 @@ def read_class_folders(source, classes):
     entries = [(str(path), label) for label, name in enumerate(classes) for path in sorted((source / name).rglob("*"))
                if path.suffix.lower() in VIDEO_SUFFIXES]
     if not entries:
-        raise ValueError(f"{source}: no videos in folders of classes here")
+        entries = [(str(path), None) for path in sorted(source.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES]
+    if not entries:
+        raise ValueError(f"{source}: there are no videos in this folder, nor in folders of classes")
     return entries, classes
 
 
@@ -406,18 +408,12 @@ def random_erasing(clip, probability):
     """Noise in one box of a clip [T, 3, H, W], uint8: the same box in all frames, a third of the area at most."""
     if torch.rand(()) >= probability:
         return clip
-    T, _, H, W = clip.shape
-    for _ in range(10):                                 # until the box fits
-        area = H * W * torch.empty(()).uniform_(0.02, 1 / 3).item()
-        ratio = math.exp(torch.empty(()).uniform_(math.log(0.3), math.log(1 / 0.3)).item())
-        h, w = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-        if 0 < h < H and 0 < w < W:
-            y, x = torch.randint(H - h + 1, ()).item(), torch.randint(W - w + 1, ()).item()
-            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-            clip = clip.clone()
-            clip[:, :, y:y + h, x:x + w] = ((torch.randn(T, 3, h, w) * std + mean).clamp(0, 1) * 255).byte()
-            return clip
-    return clip
+    box = RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)).make_params([clip])
+    if box.pop("v") is None:                            # no box fitted in ten tries
+        return clip
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    noise = torch.randn(len(clip), 3, box["h"], box["w"]) * std + mean      # torchvision's is the same in all frames
+    return tv.erase(clip, **box, v=(noise.clamp(0, 1) * 255).byte())
 
 
 def finetuning_clip(clip, size, flip, crop_area, augment, erase):

@@ -35,7 +35,6 @@ from train_pretrain import (adamw, fit, give_up, ignore_signals, load_checkpoint
 
 # The keys of section `model` that make an encoder, with or without a decoder
 ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
-LEFT_BEHIND = ("decoder.", "encoder_to_decoder.", "mask_token", "norm.")        # of pretraining: no use in transfer
 NEW = ("fc_norm.", "head.")                             # of fine-tuning: belong to the classes of a data set
 
 
@@ -136,13 +135,14 @@ def load_weights(model, path, config):
     """Load a checkpoint of ours or VideoMAE's into a Classifier or a Probe; returns a sentence on what was
     taken, and whether that is everything, the head included.
 
-    Strict: only the head and its norm may be new. SystemExit lists what is missing, unexpected or of another
-    shape, and says which size differs where the file tells.
+    Strict: only the head and its norm may be new, and of the encoder only its final norm may be left behind. SystemExit
+    lists what is missing, unexpected or of another shape, and says which size differs where the file tells.
     """
     content = load_checkpoint(path, allowed=[argparse.Namespace])       # VideoMAE's files hold one beside the weights
     state = content.get("model", content.get("module")) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise SystemExit(f"{path}: there are no weights under the key `model`")
+    origin = next((f"{path} after {key} {content[key]}" for key in ("step", "epoch") if key in content), path)
     saved = content.get("config", {}).get("model", {})
     differing = [f"model.{key} is {config['model'][key]}, the checkpoint's {saved[key]}"
                  for key in ENCODER_KEYS if key in saved and saved[key] != config["model"][key]]
@@ -152,16 +152,16 @@ def load_weights(model, path, config):
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if own == {name: tensor.shape for name, tensor in state.items()}:
         model.load_state_dict(state)
-        return f"all weights, the classifier's too, from {path}", True
+        return f"all weights, the classifier's too, from {origin}", True
 
     encoder = model.encoder if isinstance(model, Probe) else model
     wanted = {name: tensor.shape for name, tensor in encoder.state_dict().items() if not name.startswith(NEW)}
     prefix = "encoder." if any(name.startswith("encoder.") for name in state) else ""       # pretraining's or a probe's
     inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    others = [name.removeprefix(prefix) for name in state if not name.startswith(prefix) or name.removeprefix(prefix) not in wanted]
+    others = [name for name in state if not name.startswith(prefix) or name.removeprefix(prefix) not in wanted]
     problems = {
         "missing": sorted(set(wanted) - set(inside)),
-        "unexpected": [name for name in others if not name.startswith(LEFT_BEHIND + NEW)],
+        "unexpected": [name for name in inside if name not in wanted and not name.startswith(("norm.", *NEW))],
         "of another shape": [f"{name} {list(inside[name].shape)} instead of {list(shape)}"
                              for name, shape in wanted.items() if name in inside and inside[name].shape != shape],
     }
@@ -169,8 +169,8 @@ def load_weights(model, path, config):
         raise SystemExit(f"{path} does not fit this model: "
                          + "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names))
     encoder.load_state_dict({name: inside[name] for name in wanted}, strict=False)
-    left = ", ".join(sorted({name.split(".")[0] for name in others})) or "nothing"
-    return f"{len(wanted)} tensors of the encoder from {path}; left behind: {left}; new: the head", False
+    left = ", ".join(sorted({name.removeprefix(prefix).split(".")[0] for name in others})) or "nothing"
+    return f"{len(wanted)} tensors of the encoder from {origin}; left behind: {left}; new: the head", False
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -278,15 +278,13 @@ def labelled_lists(config, process):
 
 
 def start_from(model, config):
-    """Load what finetune.init names, or the last checkpoint for a test alone; returns a sentence on the origin."""
+    """Load what finetune.init names; returns a sentence on the origin."""
     init, last = config["finetune"]["init"], Path(config["run"]["output"], "last.pt")
     if config["finetune"]["test_only"]:
-        for path in (Path(init), last):
-            if path.exists():
-                sentence, complete = load_weights(model, path, config)
-                if complete:
-                    return sentence
-        raise SystemExit(f"finetune.test_only: there is no classifier to test, neither in finetune.init={init} nor {last}")
+        sentence, complete = load_weights(model, init, config)
+        if not complete:
+            raise SystemExit(f"finetune.test_only: {init} holds no classifier of these classes; name one by finetune.init")
+        return sentence
     if last.exists():
         return f"{last}, if it goes on"                 # a run goes on without the file that it started from
     return "scratch" if init == "scratch" else load_weights(model, init, config)[0]
@@ -305,13 +303,13 @@ def main():
     origin = start_from(model, config)
     frames, size, stride = config["model"]["frames"], config["model"]["size"], config["data"]["stride"]
     if process.rank == 0:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         print(f"ARVideo {'fine-tuning' if settings['probe'] == 'none' else settings['probe'] + ' probe'}\n"
               f"  data       {len(train)} videos to train, {len(val)} to test, {len(classes)} classes; "
               f"{settings['sampling']} clips of {frames} frames"
               f"{f' at stride {stride}' if settings['sampling'] == 'dense' else ''}, {size} x {size}, "
               f"flip {'on' if settings['flip'] else 'off'}\n"
-              f"  model      {trained:.1f} M parameters to train\n"
+              f"  model      {million:.1f} M parameters to train\n"
               f"  start      {origin}")
 
     repeats = settings["clips_per_video"]
@@ -341,12 +339,13 @@ def main():
             if not best.exists() or scores["top1"] > load_checkpoint(best)["top1"]:
                 save_checkpoint(best, dict(model=model.state_dict(), config=config, classes=classes, epoch=epoch,
                                            top1=scores["top1"]))
+            return dict(top1=scores["top1"], top5=scores["top5"])
 
     if not settings["test_only"]:
         optimizer = adamw(model, settings, process.device, layer_decay(config["model"]["depth"], settings["layer_decay"]))
         videos = data.Videos(train, choose, augment, run["seed"])
-        fit(config, "finetune", process, precision, model, videos, optimizer, loss_of, validate, classes=classes)
-        origin = f"{output / 'last.pt'}, the last weights"
+        trained = fit(config, "finetune", process, precision, model, videos, optimizer, loss_of, validate, classes=classes)
+        origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before, now only tested'}"
 
     clips, crops = settings["test_clips"], settings["test_crops"]
     with one_sentence():
@@ -356,7 +355,7 @@ def main():
         scores = write_results(output, results, val, classes, views=f"{clips} clips x {crops} crops", weights=origin)
         print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['videos']} videos, "
               f"{len(scores['unreadable'])} of them unreadable and counted as wrong; {scores['views']}; "
-              f"see {output}/results.json")
+              f"weights: {scores['weights']}; see {output}/results.json")
         for reason in scores["unreadable"]:
             print(f"unreadable: {reason}")
     if process.world > 1:

@@ -10,6 +10,7 @@ The same command goes on from the last checkpoint in run.output.
 """
 
 import atexit
+import colorsys
 import contextlib
 import difflib
 import itertools
@@ -120,12 +121,15 @@ def load_config(arguments, stage):
                 set_key(config, section, key, text if is_text else yaml.safe_load(text))
             except yaml.YAMLError:
                 raise SystemExit(f"'{argument}': the value is not YAML") from None
-    model_names = [name for name in names if set(presets[name]) - {"finetune"}]     # `toy linear` starts from toy's
+    model_names = [name for name in names if set(presets[name]) != {"finetune"}]    # `toy linear` starts from toy's
     pretrained = f"runs/{'-'.join(model_names)}/pretrain/last.pt"
     if config["finetune"]["init"] == "auto":
         config["finetune"]["init"] = pretrained if Path(pretrained).exists() else "scratch"
-    config["finetune"]["init"] = config["finetune"]["init"].replace("{pretrained}", pretrained)
     config["run"]["output"] = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
+    if config["finetune"]["test_only"] and not any(argument.startswith("finetune.init=") for argument in arguments):
+        config["finetune"]["init"] = f"{config['run']['output']}/last.pt"
+    config["finetune"]["init"] = os.path.expanduser(config["finetune"]["init"].replace("{pretrained}", pretrained))
+    config["run"]["output"] = os.path.expanduser(config["run"]["output"])
     if "--show" in arguments:
         print(yaml.safe_dump(config, sort_keys=False, default_flow_style=None), end="")
         raise SystemExit(0)
@@ -321,13 +325,14 @@ def last_checkpoint(output, resume):
             print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
 
 
-def check_same_training(config, checkpoint, output, stage, videos):
+def check_same_training(config, checkpoint, output, stage, videos, model_class):
     """SystemExit if going on with `config` would train another model, on another number of videos or in another way."""
     if checkpoint.get("stage") != stage:
         raise SystemExit(f"{output} holds a run of train_{checkpoint.get('stage')}.py: choose another run.output")
     saved = checkpoint["config"]
     free = {"data.root", "data.train", "data.val", "data.max_unreadable", "model.checkpointing", "pretrain.picture_epochs",
-            "finetune.validate_epochs", "finetune.test_clips", "finetune.test_crops", "finetune.test_only", f"{stage}.epochs"}
+            "pretrain.keep_epochs", "finetune.validate_epochs", "finetune.test_clips", "finetune.test_crops",
+            "finetune.test_only", f"{stage}.epochs"}
     differences = []
     for section in ("data", "model", stage, "run"):
         for key, value in config[section].items():
@@ -336,6 +341,8 @@ def check_same_training(config, checkpoint, output, stage, videos):
                 differences.append(f"{name} is {value!r}, was {before!r}")
     if videos != checkpoint["videos"]:
         differences.append(f"data.train has {videos} videos, had {checkpoint['videos']}")
+    if model_class != checkpoint["model_class"]:        # a fork may differ in nothing else
+        differences.append(f"the model is {model_class}, was {checkpoint['model_class']}")
     if differences:
         raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differences)}. "
                          "Restore these values or choose another run.output")
@@ -353,14 +360,16 @@ def report_unreadable(process, failures, named, tried, unreadable, share):
 
 
 class Log:
-    """log.jsonl, one line a step, and TensorBoard where it is installed. Opened, and its folder made, by the first
-    line: what fails before leaves no trace. Older lines of that step and later are dropped: it is written again."""
+    """log.jsonl, one line a step and one a validation, the same for TensorBoard where it is installed, and config.yaml.
+    Opened, and its folder made, by the first line: what fails before leaves no trace. Older lines of that step and
+    later are dropped: it is written again."""
 
-    def __init__(self, output):
-        self.output, self.file, self.board = output, None, None
+    def __init__(self, config):
+        self.config, self.output, self.file, self.board = config, Path(config["run"]["output"]), None, None
 
     def open(self, step):
         self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False, default_flow_style=None))
         path = self.output / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = path.with_name("log.jsonl.tmp")
@@ -383,35 +392,37 @@ class Log:
 # Pictures
 
 
+def colour_of(place, places):
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(0.8 * place / places, 0.55, 0.85))
+
+
 def draw_picture(model, video, order, visible):
     """A picture of the first frame of every cube: the true video, what the encoder saw, what was predicted.
 
-    video [B, 3, T, H, W], normalised. The numbers are the clusters' places in the prediction order.
+    video [B, 3, T, H, W], normalised; order and visible as model.draw gives them. A cluster's colour and number are
+    its place in the prediction order.
     """
-    size, tokens, (pt, ph, pw) = video.shape[-1], model.grid[0], model.cube
-    scale = max(1, 128 // size)
+    B, size, (kt, kh, kw) = len(video), video.shape[-1], (a // b for a, b in zip(model.grid, model.blocks))
+    scale, M = max(1, 128 // size), len(model.clusters)
     mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    rows = torch.stack([video, *model.reconstruct(video, order, visible)], dim=1)               # [B, 3 rows, 3, T, H, W]
-    pixels = ((rows[:, :, :, ::pt] * std + mean).clamp(0, 1) * 255).byte()                      # [B, 3 rows, 3, t, H, W]
-    pixels = pixels.permute(0, 1, 4, 3, 5, 2).reshape(-1, tokens * size, 3)                     # frames side by side
-    pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    caption = ("Rows: true video, what the encoder saw, what was predicted (number: place in the order).\n"
-               "Flattering: each predicted cube has its mean and contrast from the true video.")
-    picture = Image.new("RGB", (max(pixels.shape[1], 600), pixels.shape[0] + 36), "white")
-    picture.paste(Image.fromarray(pixels.cpu().numpy()), (0, 36))
+    rows = torch.stack([video, *model.reconstruct(video, order, visible)], 1)[:, :, :, ::model.cube[0]]
+    pixels = ((rows * std + mean).clamp(0, 1) * 255).byte().permute(0, 1, 3, 4, 5, 2).cpu()     # [B, 3 rows, t, H, W, 3]
+    pixels = pixels.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
+    side, high, wide = size * scale + 10, kh * model.cube[1] * scale, kw * model.cube[2] * scale
+    picture = Image.new("RGB", (max(model.grid[0] * side, 560), 3 * B * side + 40), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((4, 4), caption, fill="black")
-    kt, kh, kw = (whole // blocks for whole, blocks in zip(model.grid, model.blocks))
-    for b, places in enumerate(order.argsort(1).tolist()):                                      # cluster -> place
-        for cluster, place in enumerate(places):
+    pen.text((0, 4), "Rows: true video, what the encoder saw, what was predicted. Number: place in the order.\n"
+                     "Flattering: each predicted cube has its mean and contrast from the true video.", "black")
+    for b, row, frame in itertools.product(range(B), range(3), range(model.grid[0])):
+        left, top = frame * side, (3 * b + row) * side + 40
+        picture.paste(Image.fromarray(pixels[b, row, frame].numpy()), (left, top))
+        for place, cluster in enumerate(order[b].tolist()):
             t, h, w = (int(i) for i in torch.unravel_index(torch.tensor(cluster), model.blocks))
-            for frame, row in itertools.product(range(t * kt, (t + 1) * kt), range(3)):         # where the cluster shows
-                left, top = (frame * size + w * kw * pw) * scale, ((3 * b + row) * size + h * kh * ph) * scale + 36
-                pen.rectangle([left, top, left + kw * pw * scale - 1, top + kh * ph * scale - 1], outline="#ffd24d")
-                if row == 2:
-                    pen.text((left + 3, top + 2), str(place + 1), fill="white", stroke_width=1, stroke_fill="black")
-    for frame in range(1, tokens):
-        pen.line([frame * size * scale, 36, frame * size * scale, picture.height], fill="white", width=4)
+            if t == frame // kt:
+                empty = (False, place == M - 1, place < model.predict_after)[row]
+                x, y = left + w * wide, top + h * high
+                pen.rectangle([x, y, x + wide - 1, y + high - 1], "white" if empty else None, colour_of(place, M), 3)
+                pen.text((x + 6, y + 3), str(place + 1), "white", font_size=14, stroke_width=2, stroke_fill="black")
     return picture
 
 
@@ -472,8 +483,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
 
     loss_of(forward, batch, step, rows) is the loss of a micro-batch (clips, labels, unreadable), where rows [b]
     tells which of the global batch's clips these are; forward is the model, wrapped for several processes.
-    end_epoch(epoch, last) is called in every process after every epoch; `also` goes into the checkpoints. Returns
-    whether it trained at all: a finished run is left as it is.
+    end_epoch(epoch, last) is called in every process after every epoch; what it returns goes into the log, `also` into
+    the checkpoints. Returns whether it trained at all: a finished run is left as it is.
     """
     run, settings, output = config["run"], config[stage], Path(config["run"]["output"])
     autocast, scaler = precision
@@ -488,13 +499,15 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
 
     # Go on from the last checkpoint
     tried = unreadable = first = 0
+    epochs_before = settings["epochs"]
     if checkpoint := last_checkpoint(output, run["resume"]):
-        check_same_training(config, checkpoint, output, stage, len(videos))
+        check_same_training(config, checkpoint, output, stage, len(videos), type(model).__name__)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:                        # empty unless the run before had fp16
             scaler.load_state_dict(checkpoint["scaler"])
         first, tried, unreadable = (checkpoint[key] for key in ("step", "tried", "unreadable"))
+        epochs_before = checkpoint["config"][stage]["epochs"]
     del checkpoint                                      # a second copy of everything
     if process.world > 1:
         everywhere = [None] * process.world
@@ -502,21 +515,25 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
         if len(set(everywhere)) > 1:
             give_up(process, f"the processes differ in (step to go on from, videos found): {everywhere}; {output} and the "
                              "videos must be the same for all of them, on all machines")
-    if first >= steps:
+    if first > steps:
+        give_up(process, f"{output} holds a run of {first} steps, longer than {stage}.epochs={settings['epochs']}, which are "
+                         f"{steps}: choose another run.output")
+    if first == steps:
         return False
 
     forward = torch.compile(model) if run["compile"] else model
     if process.world > 1:
         forward = DistributedDataParallel(forward, broadcast_buffers=False)     # masks and positions never change
     if process.rank == 0:
-        log = Log(output)
+        log = Log(config)
         print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} videos, "
               f"{repeats} clips of each\n"
               f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, {warmup} of them warm-up, "
               f"lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, cosine to {floor:.3g}\n"
               f"  device     {process.device}, {str(autocast.keywords['dtype']).removeprefix('torch.')}, "
               f"torch {torch.__version__}, {run['workers']} workers a process\n"
-              f"  output     {output}" + (f", going on from step {first}" if first else ""))
+              f"  output     {output}" + (f", going on from step {first}" if first else "")
+              + (f"; the schedule so far was that of {epochs_before} epochs" if epochs_before != settings["epochs"] else ""))
 
     # Which clips of the global batch each micro-batch of this process has
     rows = torch.arange(batch * repeats).view(batch, repeats)[process.rank::process.world].flatten().chunk(accumulation)
@@ -568,13 +585,16 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             epoch_ends = (step + 1) % per_epoch == 0
             if epoch_ends:                              # before the checkpoint: what is saved has been validated
                 model.eval()
-                end_epoch((step + 1) // per_epoch, step + 1 == steps)
+                scores = end_epoch((step + 1) // per_epoch, step + 1 == steps)
+                if process.rank == 0 and scores:
+                    log.write(step + 1, **scores)
             if stopping or epoch_ends or time.monotonic() - saved_at > 60 * run["save_minutes"]:
                 saved_at = time.monotonic()
                 if process.rank == 0:
                     save_checkpoint(output / "last.pt", dict(
                         model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        stage=stage, step=step + 1, videos=len(videos), tried=tried, unreadable=unreadable, config=config, **also))
+                        stage=stage, step=step + 1, videos=len(videos), model_class=type(model).__name__, tried=tried,
+                        unreadable=unreadable, config=config, **also))
             if stopping:
                 if process.world > 1:
                     dist.barrier()                      # nobody leaves before the first process has saved
@@ -614,10 +634,14 @@ def main():
         return forward(data.normalise(batch[0], process.device), order[rows], visible[rows])
 
     def end_epoch(epoch, last):
-        if process.rank > 0 or not last and epoch % settings["picture_epochs"]:
+        if process.rank > 0:
+            return
+        if settings["keep_epochs"] and epoch % settings["keep_epochs"] == 0:
+            save_checkpoint(output / f"epoch_{epoch:04d}.pt", dict(model=model.state_dict(), config=config, epoch=epoch))
+        if not last and epoch % settings["picture_epochs"]:
             return
         try:
-            clips = torch.cat([val_videos[0, i * len(val_videos) // 4][0][:1] for i in range(4)])
+            clips = torch.cat([val_videos[0, i * len(val_videos) // 2][0][:1] for i in range(2)])
             with autocast():
                 picture = draw_picture(model, data.normalise(clips, process.device),
                                        *model.draw(len(clips), generator.manual_seed(run["seed"])))

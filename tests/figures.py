@@ -12,6 +12,7 @@ another folder than assets.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from PIL import Image, ImageDraw
 
 import arvideo
 import data
-from train_pretrain import draw_picture, load_checkpoint, load_config, one_sentence
+from train_pretrain import colour_of, draw_picture, load_checkpoint, load_config, one_sentence
 
 COLOURS = ("#c0392b", "#2563a8", "#2e8b57", "#8e44ad", "#7f6000", "#555555")
 
@@ -51,20 +52,34 @@ def load_clip(path, config):
 
 
 def method_picture(model, video):
-    """draw_picture's three rows beside the encoder's and the decoder's mask."""
+    """draw_picture's three rows beside both attention masks, in the same colours."""
     rows = draw_picture(model, video, *model.draw(1, torch.Generator().manual_seed(1)))
-    S, Q = len(model.encoder_mask), len(model.decoder_mask)
-    top, left, side = 52, rows.width + 24, (rows.height - 76) // 2
-    picture = Image.new("RGB", (left + 2 * side + 72, rows.height), "white")
+    M, V, K, block = len(model.clusters), model.visible_count, model.cluster_size, 24           # block: a place, in pixels
+    colours = torch.tensor([colour_of(place, M) for place in range(M - 1)], dtype=torch.uint8).repeat_interleave(V, 0)
+    left, top = rows.width + 50, 0
+    picture = Image.new("RGB", (left + max((M - 1) * block, 220), max(rows.height, 2 * (M - 1) * block + 170)), "white")
     picture.paste(rows, (0, 0))
     pen = ImageDraw.Draw(picture)
-    for mask, title, height in ((model.encoder_mask, f"Encoder: {S} visible tokens. Each sees\n(dark) its own and earlier clusters.", side),
-                                (model.decoder_mask, f"Decoder: {Q} queries.\nEach sees (dark) the\nclusters before its own.", rows.height - top)):
-        pen.text((left, 4), title, fill="black")
-        pixels = torch.where(mask, 70, 235).byte().numpy()
-        picture.paste(Image.fromarray(pixels).resize((side, height), Image.Resampling.NEAREST), (left, top))
-        left += side + 48
+    for mask, each, first, title in (
+            (model.encoder_mask, V, 0, f"The encoder: {M - 1} x {V} visible tokens\n(rows) attend to visible tokens"),
+            (model.decoder_mask, K, model.predict_after, f"The decoder: {M - model.predict_after} x {K} queries (rows)\nattend to the encoder's output")):
+        pixels = torch.where(mask[..., None], colours, torch.tensor(235, dtype=torch.uint8))    # [rows, columns, 3]
+        height = len(mask) // each * block
+        picture.paste(Image.fromarray(pixels.numpy()).resize(((M - 1) * block, height), Image.Resampling.NEAREST), (left, top + 58))
+        pen.text((left, top + 4), title, "black", font_size=13)
+        for i in range(M - 1):
+            pen.text((left + (i + 0.5) * block, top + 40), str(i + 1), "black", font_size=13, anchor="ma")
+        for i in range(len(mask) // each):
+            pen.text((left - 6, top + 58 + (i + 0.5) * block), str(first + i + 1), "black", font_size=13, anchor="rm")
+        top += height + 74
     return picture
+
+
+def ticks(low, high):
+    """Round numbers within [low, high], four to nine of them."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= max(factor for factor in (1, 2, 5) if (high - low) / (factor * step) >= 4)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def chart(curves, title, x_label):
@@ -72,31 +87,33 @@ def chart(curves, title, x_label):
     width, height, left, right, top, bottom = 720, 360, 60, 20, 34, 40
     points = [point for curve in curves.values() for point in curve]
     (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points))
-    y0, y1 = y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
+    y0, y1, x1 = y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1), x1 if x1 > x0 else x0 + 1
 
     def place(x, y):
-        return left + (x - x0) / (x1 - x0 or 1) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
+        return left + (x - x0) / (x1 - x0) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
 
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((left, 6), title, fill="black")
-    pen.text((width // 2, height - 16), x_label, fill="black")
-    for i in range(6):
-        x, y = x0 + i * (x1 - x0) / 5, y0 + i * (y1 - y0) / 5
-        pen.line([place(x0, y), place(x1, y)], fill="#dddddd")
-        pen.text((6, place(x0, y)[1] - 6), f"{y:.3g}", fill="black")
-        pen.text((place(x, y0)[0] - 8, height - bottom + 6), f"{x:.4g}", fill="black")
+    pen.text((left, 6), title, "black", font_size=13)
+    pen.text((width // 2, height - 18), x_label, "black", font_size=13)
+    for y in ticks(y0, y1):
+        pen.line([place(x0, y), place(x1, y)], "#dddddd")
+        pen.text((8, place(x0, y)[1] - 7), f"{y:.3g}", "black", font_size=13)
+    for x in ticks(x0, x1):
+        pen.text((place(x, y0)[0], height - bottom + 4), f"{x:.4g}", "black", font_size=13, anchor="ma")
     for i, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
-        pen.line([place(*point) for point in curve], fill=colour, width=2)
-        pen.text((width - 260, top + 14 * i), name, fill=colour)
+        pen.line([place(*point) for point in curve], colour, width=2)
+        pen.text((width - right, top + 16 * i), name, colour, font_size=13, anchor="ra")
     return picture
 
 
 def loss_curve(run):
-    """[(step, mean loss of up to 25 steps), ...] of a run's log, without the steep first 50."""
-    losses = [json.loads(line)["loss"] for line in Path(run, "log.jsonl").read_text().splitlines()]
-    return [(i + len(losses[i:i + 25]), sum(losses[i:i + 25]) / len(losses[i:i + 25])) for i in range(50 if len(losses) > 50 else 0, len(losses), 25)]
+    """[(step, mean loss of the up to 25 steps before it), ...] of a run's log, without its steep first 50."""
+    lines = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]             # the others are validations
+    means = [(losses[i:i + 25], i) for i in range(50 if len(losses) > 50 else 0, len(losses), 25)]
+    return [(i + len(part), sum(part) / len(part)) for part, i in means]
 
 
 def sampling_picture(count=48):
@@ -104,16 +121,17 @@ def sampling_picture(count=48):
     torch.manual_seed(0)
     strips = [("pretraining: every second frame, 16 of them, from a random start", data.dense_clips(count, 16, 2)),
               ("fine-tuning: one random frame from each of 16 segments", data.segment_clips(count, 16)),
-              ("test: 32 evenly spaced frames, dealt to two clips in turn", data.segment_views(count, 16, 2))]
+              ("test: 32 evenly spaced frames, dealt to two clips (red, blue) in turn", data.segment_views(count, 16, 2))]
     cell = 14
-    picture = Image.new("RGB", (count * cell + 20, 64 * len(strips)), "white")
+    picture = Image.new("RGB", (count * cell + 20, 56 * len(strips) + 24), "white")
     pen = ImageDraw.Draw(picture)
+    pen.text((10, 4), f"a video of {count} frames, one box each; coloured: used", "black", font_size=13)
     for row, (title, clips) in enumerate(strips):
-        pen.text((10, 64 * row + 6), f"{title} ({count} frames)", fill="black")
+        pen.text((10, 56 * row + 28), title, "black", font_size=13)
         for frame in range(count):
             owner = next((i for i, clip in enumerate(clips) if frame in clip), None)
-            box = [10 + frame * cell, 64 * row + 24, 10 + (frame + 1) * cell - 2, 64 * row + 48]
-            pen.rectangle(box, fill="#e8e8e8" if owner is None else COLOURS[owner])
+            box = [10 + frame * cell, 56 * row + 46, 10 + (frame + 1) * cell - 2, 56 * row + 68]
+            pen.rectangle(box, "#e8e8e8" if owner is None else COLOURS[owner])
     return picture
 
 
@@ -161,7 +179,7 @@ def main():
             model, config = load_model(options.arguments[0])
             picture = method_picture(model, load_clip(options.arguments[1], config))
         elif options.figure == "loss":
-            picture = chart({run: loss_curve(run) for run in options.arguments}, "pretraining loss, means of 25 steps, from step 50", "step")
+            picture = chart({run: loss_curve(run) for run in options.arguments}, "pretraining loss, means of 25 steps, without the first 50", "step")
         elif options.figure == "rank":
             model, config = load_model(options.arguments[0])
             ranks = attention_ranks(model, [load_clip(path, config) for path in options.arguments[1:]])

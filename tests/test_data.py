@@ -220,6 +220,12 @@ def test_class_folders(tmp_path):
     assert names(entries) == [("c.webm", 0), ("a.avi", 1), ("b.mp4", 1)] and classes == ["clap", "wave"]
 
 
+def test_a_folder_of_videos_has_no_labels(tmp_path):
+    for name in ("b.mp4", "a.webm", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert names(read_annotations(tmp_path)[0]) == [("a.webm", None), ("b.mp4", None)]
+
+
 @pytest.mark.parametrize("name, text, culprit", [
     ("list.txt", "c.mp4 0\na b.mp4\n", r"list.txt:2: expected `path label`.*a b.mp4"),
     ("list.txt", "a b.mp4\nc.mp4 1\n", r"list.txt:2: expected `path`.*c.mp4 1"),

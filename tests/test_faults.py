@@ -42,9 +42,9 @@ def start(toy, output, *arguments, processes=0, **options):
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
-def finish(process):
+def finish(process, status=0):
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == status, err
     return out, err
 
 
@@ -189,7 +189,9 @@ def test_a_longer_schedule_other_paths_and_workers_may_go_on(toy, tmp_path):
     finish(start(toy, tmp_path / "run", "pretrain.epochs=1"))
     (tmp_path / "moved").symlink_to(toy)
     out, _ = finish(start(tmp_path / "moved", tmp_path / "run", "pretrain.epochs=2", "run.workers=0", "run.save_minutes=1"))
-    assert "going on from step 3" in out and steps_logged(tmp_path / "run") == 6
+    assert "going on from step 3; the schedule so far was that of 1 epochs" in out and steps_logged(tmp_path / "run") == 6
+    _, err = finish(start(toy, tmp_path / "run", "pretrain.epochs=1"), status=1)
+    assert "run holds a run of 6 steps, longer than pretrain.epochs=1, which are 3: choose another run.output" in err
 
 
 # Bad input: commands as a user types them. Each ends with status 1 and one sentence that names the culprit, and changes nothing
@@ -216,6 +218,9 @@ def bad(tmp_path_factory, toy, finished):
         (bad / name).write_text(text)
     for name in ("00001.mp4", "00002.mp4"):
         (bad / name).write_bytes((toy / "train" / name).read_bytes())
+    (bad / "fork.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_pretrain\n"
+                                 "class Fork(train_pretrain.ARVideo):\n    pass\n"
+                                 "train_pretrain.ARVideo = Fork\ntrain_pretrain.main()\n")
     (bad / "binary.txt").write_bytes(bytes(range(256)))
     content = (finished / "last.pt").read_bytes()
     (bad / "cut.pt").write_bytes(content[:len(content) // 3])
@@ -283,7 +288,7 @@ FINETUNE = [
     ("finetune.init={finished}/last.pt model.frames=4", "model.frames is 4, the checkpoint's 8"),
     ("finetune.init={finished}/last.pt model.width=64", "model.width is 64, the checkpoint's 32"),
     ("run.output={finished}", "holds a run of train_pretrain.py"),
-    ("finetune.test_only=true", "there is no classifier to test"),
+    ("finetune.init={finished}/last.pt finetune.test_only=true", "last.pt holds no classifier of these classes"),
     ("finetune.probe=cubic", "finetune.probe 'cubic' is unknown"),
     ("finetune.sampling=sparse", "finetune.sampling 'sparse' is unknown"),
     ("data.val=", "data.val is empty"),
@@ -296,6 +301,7 @@ FINETUNE = [
 COMMANDS = [
     *((f"python {ROOT}/train_pretrain.py {{usual}} {arguments}", culprit) for arguments, culprit in PRETRAIN),
     *((f"python {ROOT}/train_finetune.py {{usual}} finetune.init=scratch {arguments}", culprit) for arguments, culprit in FINETUNE),
+    ("python {bad}/fork.py {usual} run.output={finished}", "the model is Fork, was ARVideo"),
     ("python {bad}/twice/train_pretrain.py", "the key 'batch' stands twice"),
     ("python {bad}/tab/train_pretrain.py", "found character '\\t'"),
     (f"python -m torch.distributed.run --standalone --nproc_per_node=2 {ROOT}/train_pretrain.py {{usual}} pretrain.batch=7",

@@ -19,8 +19,8 @@ from train_pretrain import load_config
 
 ROOT = Path(__file__).parent.parent
 TINY = ["model.width=32", "model.depth=2", "model.heads=2", "model.decoder_width=24", "model.decoder_depth=1",
-        "model.decoder_heads=2", "pretrain.batch=8", "pretrain.epochs=2", "pretrain.warmup_epochs=0", "run.workers=1",
-        "run.device=cpu"]
+        "model.decoder_heads=2", "pretrain.batch=8", "pretrain.epochs=2", "pretrain.warmup_epochs=0",
+        "pretrain.keep_epochs=1", "run.workers=1", "run.device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,9 @@ def test_no_weight_decay_on_vectors():
 def test_a_run_leaves_checkpoint_log_and_pictures(reference, toy):
     output, checkpoint, printed = reference
     assert sorted(path.name for path in output.iterdir() if "events" not in path.name) == [
-        "last.pt", "log.jsonl", "predictions_0002.png", "previous.pt"]
+        "config.yaml", "epoch_0001.pt", "epoch_0002.pt", "last.pt", "log.jsonl", "predictions_0002.png", "previous.pt"]
+    torch.testing.assert_close(torch.load(output / "epoch_0002.pt", weights_only=True)["model"], checkpoint["model"], rtol=0, atol=0)
+    assert yaml.safe_load((output / "config.yaml").read_text()) == checkpoint["config"]
     assert checkpoint["step"] == 6 and "encoder.blocks.1.attn.qkv.weight" in checkpoint["model"]
     assert log_of(output, "step", "epoch") == [[i + 1, i // 3] for i in range(6)]
     assert {"loss", "lr", "clips_per_second", "data_share"} <= set(json.loads((output / "log.jsonl").open().readline()))

@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     """A working folder with a toy set, and the same videos as Kinetics-400 and Something-Something V2 would have them."""
     folder = tmp_path_factory.mktemp("readme")
     data.make_toy_set(folder / "data" / "toy", {"train": 16, "val": 8})
+    shutil.copytree(folder / "data" / "toy" / "train", folder / "data" / "mine")
     for name in ("k400", "ssv2"):
         (folder / "data" / name).mkdir()
     for split, other, count in (("train", "train", 16), ("val", "validation", 8)):
