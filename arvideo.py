@@ -4,8 +4,8 @@ ARVideo: autoregressive video pretraining (Ren et al. 2024, arXiv 2405.15160), s
 A video is cut into cubes of pixels; each cube is a token (3.3.1). Neighbouring tokens form clusters, the
 elements of the autoregression. The clusters are put into an order, by default a random one for every
 sample (3.3.2). A fifth of the tokens of every cluster but the last enters an encoder, where a token
-attends to its own cluster and to those before it; a decoder predicts the pixels of every cluster but the
-first from the encoder's output for the clusters before it, for all places of the order in one pass (3.3.3).
+attends to its own cluster and to those before it; a decoder predicts every cluster but the first, all its
+tokens, from the encoder's output for the clusters before it, for all places of the order in one pass (3.3.3).
 The loss is the mean squared error of the pixels, each cube normalised by its own mean and deviation (4.1).
 
     model = ARVideo()                                       # ViT-B, 16 x 224 x 224
@@ -17,7 +17,7 @@ Symbols in the shapes, with their sizes in the paper:
     D   width of the encoder           768  K   tokens of a cluster: 2 x 7 x 7      98
     d   width of the decoder           512  V   visible tokens of a cluster         20
     S   visible tokens that enter the encoder, (M - 1) V                            300
-    Q   tokens to predict, the decoder's queries, (M - predict_after) K             1470
+    Q   tokens to predict, the decoder's queries, (M - 1) K                         1470
 
 Run by `python train_pretrain.py`; this file needs torch and nothing else.
 """
@@ -92,7 +92,7 @@ def prediction_orders(kind, blocks, batch, generator=None, device=None):
 
 def visible_count(tokens, mask_ratio):
     """How many of a cluster's tokens stay visible: rounded half up, and never fewer than one."""
-    return max(1, math.floor((1 - mask_ratio) * tokens + 0.5))
+    return max(1, math.floor(tokens - mask_ratio * tokens + 0.5))
 
 
 def visible_tokens(clusters, count, batch, generator=None):
@@ -107,7 +107,7 @@ def visible_tokens(clusters, count, batch, generator=None):
 
 
 def sine_cosine(positions, width):
-    """[n] positions -> [n, width]: sine at even channels, cosine at odd, wavelengths 2 pi to 10000 x 2 pi."""
+    """[n] positions -> [n, width]: sine at even channels, cosine at odd, wavelengths from 2 pi to nearly 10000 x 2 pi."""
     channel = torch.arange(width, dtype=torch.float64)
     angle = positions[:, None].double() / 10000 ** (2 * (channel // 2) / width)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
@@ -133,7 +133,7 @@ def attend(q, k, v, heads, mask=None):
 
 class CubeEmbedding(nn.Module):
     """One linear projection of a cube's pixels (3.3.1). The weight has the shape and name of VideoMAE's
-    Conv3d, but is applied as a matrix product, so that cubes that nobody sees cost nothing."""
+    Conv3d, but is applied as a matrix product, so that hidden cubes cost nothing."""
 
     def __init__(self, cube, width):
         super().__init__()
@@ -221,7 +221,7 @@ class Encoder(nn.Module):
 
     def __init__(self, grid, cube, width, depth, heads, mlp_ratio, positions, checkpointing):
         super().__init__()
-        self.grid, self.cube, self.width, self.checkpointing = grid, cube, width, checkpointing
+        self.cube, self.width, self.checkpointing = cube, width, checkpointing
         self.register_buffer("positions", position_table(grid, width, positions), persistent=False)
         self.patch_embed = CubeEmbedding(cube, width)
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp_ratio) for _ in range(depth))
@@ -241,7 +241,7 @@ class Encoder(nn.Module):
 
     def features(self, video):
         """All tokens of a whole video, for transfer: [B, 3, T, H, W] -> [B, N, D]."""
-        return Encoder.forward(self, video_to_cubes(video, self.cube))      # a subclass's forward may take videos
+        return Encoder.forward(self, video_to_cubes(video, self.cube))      # Classifier's own forward takes videos
 
 
 class DecoderBlock(nn.Module):
@@ -259,7 +259,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, memory, mask, cluster_size):
         if hasattr(self, "self_attn"):
-            clusters = self.norm0(x).reshape(-1, cluster_size, x.shape[2])          # [B Q/K, K, d]
+            clusters = self.norm0(x).reshape(-1, cluster_size, x.shape[2])          # [B (Q/K), K, d]
             x = x + self.self_attn(clusters).reshape(x.shape)
         x = x + self.cross_attn(self.norm1(x), memory, mask)
         return x + self.mlp(self.norm2(x))
@@ -386,7 +386,7 @@ class ARVideo(nn.Module):
     def reconstruct(self, video, order, visible):
         """What the encoder sees and what is predicted, as two videos [B, 3, T, H, W], elsewhere zero.
 
-        A cube's mean and deviation come from the true video: only what varies inside it is predicted.
+        With normalise_target a cube's mean and deviation come from the true video: only what varies inside is predicted.
         """
         cubes = video_to_cubes(video, self.cube)
         seen, target = self.line_up(order, visible)

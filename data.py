@@ -13,12 +13,12 @@ import contextlib
 import csv
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-from functools import partial
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial, reduce
 from pathlib import Path
 
 import av
@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"}
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (torch.tensor(rgb).view(3, 1, 1, 1) for rgb in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -43,16 +43,16 @@ def read_annotations(source, root="", classes=None, quiet=False):
 
     `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's JSON (with labels.json beside
     it) or a list of lines `path` or `path label`, itself under `root` or not; its content tells which. Videos lie under
-    `root` or, for a list, under the list's own folder. `classes`, the names of the training set, fixes the class
+    `root`, which is the annotations' own folder if empty; those of a list in either. `classes`, the names of the training set, fixes the class
     numbers; without it Kinetics' labels are numbered in alphabetical order. Files that do not exist are
-    counted and named on stderr, unless `quiet`. Raises ValueError naming the file, the line and what is wrong with it.
+    counted on stderr, the first of them named, unless `quiet`. Raises ValueError naming the file, the line and what is wrong with it.
     """
     places = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
     source = next((place for place in places if place.exists()), None)
     if source is None:
         raise ValueError(f"{' and '.join(map(str, places))}: there is no such annotation file; "
                          "look at data.root, data.train and data.val")
-    root = Path(root).expanduser() if root else source if source.is_dir() else source.parent
+    root = Path(root).expanduser() if root else source.parent
     if source.is_dir():
         return read_folder(source, classes)
     try:
@@ -64,7 +64,7 @@ def read_annotations(source, root="", classes=None, quiet=False):
     if not root.is_dir():
         raise ValueError(f"{root}: there is no such folder of videos (data.root)")
     first = text.lstrip().splitlines()[0]
-    if first.startswith("[") and not first.rstrip().endswith(tuple(VIDEO_SUFFIXES)):
+    if first.startswith("[") and first[1:].lstrip()[:1] in ("", "{", "]"):      # and not a video named [1].mp4
         entries, classes = read_ssv2(source, text, classes)
     elif "youtube_id" in first:
         entries, classes = read_kinetics(source, text, classes)
@@ -77,6 +77,8 @@ def read_annotations(source, root="", classes=None, quiet=False):
 
 def existing(source, root, entries, quiet):
     """The (path, label) of the (path or None, name, label) whose file is there; the others are reported."""
+    if not entries:
+        raise ValueError(f"{source}: it lists no videos")
     missing = [name for path, name, _ in entries if path is None]
     if len(missing) == len(entries):
         raise ValueError(f"{source}: none of its {len(entries)} videos is under {root} (first: {missing[0]}); "
@@ -90,16 +92,15 @@ def existing(source, root, entries, quiet):
 def read_folder(source, classes):
     """One folder a class, numbered in alphabetical order; or, for pretraining, videos without labels."""
     folders = sorted(path.name for path in source.iterdir() if path.is_dir())
-    classes = classes or folders
-    if unknown := sorted(set(folders) - set(classes)):
-        raise ValueError(f"{source}: the class '{unknown[0]}' is not among the {len(classes)} known ones")
-    entries = [(str(path), label) for label, name in enumerate(classes) for path in sorted((source / name).rglob("*"))
+    entries = [(str(path), name) for name in folders for path in sorted((source / name).rglob("*"))
                if path.suffix.lower() in VIDEO_SUFFIXES]
-    if not entries:
-        entries = [(str(path), None) for path in sorted(source.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES]
+    if entries:
+        classes = classes or folders
+        return number(source, entries, classes), classes
+    entries = [(str(path), None) for path in sorted(source.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES]
     if not entries:
         raise ValueError(f"{source}: there are no videos in this folder, nor in folders of classes")
-    return entries, classes
+    return entries, None
 
 
 def read_kinetics(source, text, classes):
@@ -137,7 +138,7 @@ def read_ssv2(source, text, classes):
 
 
 def number(source, entries, classes):
-    """Class names to class numbers."""
+    """[(video, class name), ...] -> [(video, class number), ...]"""
     numbers = {name: i for i, name in enumerate(classes)}
     unknown = sorted({label for _, label in entries} - set(numbers))
     if unknown:
@@ -188,12 +189,14 @@ REFORMATTER = VideoReformatter()        # one a process: it keeps its scaler, a 
 
 @contextlib.contextmanager
 def open_video(path):
-    """(container, video stream) of a file. Whatever goes wrong inside becomes UnreadableVideo."""
+    """(container, video stream) of a file. What PyAV, the system or we object to inside becomes UnreadableVideo."""
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise ValueError("it holds no video stream")
+            if stream.codec_context is None:
+                raise ValueError("there is no decoder for its video stream")
             for other in container.streams:
                 other.discard = av.stream.Discard.default if other is stream else av.stream.Discard.all
             stream.codec_context.thread_count = 1       # frame threads hang on broken files, and workers are enough
@@ -206,8 +209,8 @@ def read_clips(path, choose):
     """Decode clips of one video: choose(number of frames) -> [[frame number, ...], ...].
 
     Returns one uint8 tensor [T, H, W, 3] (RGB, upright) for every inner list. Numbers beyond the last frame
-    repeat it. Raises UnreadableVideo naming the file. Only what the wanted frames need is decoded, and only
-    they are converted to RGB.
+    repeat it. Raises UnreadableVideo naming the file. Where timestamps can be trusted, only what the wanted frames need
+    is decoded; only they are converted to RGB.
     """
     with open_video(path) as (container, stream):
         packets = read_packets(container, stream)
@@ -221,7 +224,7 @@ def read_clips(path, choose):
 
 
 def read_packets(container, stream):
-    """All packets of the stream. Reading them is cheap, and they are an index that no header falsifies."""
+    """The stream's packets, up to a break. Reading them is cheap, and they are an index that no header falsifies."""
     packets = []
     try:
         for packet in container.demux(stream):
@@ -230,14 +233,15 @@ def read_packets(container, stream):
     except av.error.FFmpegError:
         if not packets:                                 # what was read before a file breaks off is good
             raise
-    if not any(not packet.is_discard for packet in packets):
+    if all(packet.is_discard for packet in packets):
         raise ValueError("it holds no video frames")
     return packets
 
 
 def timestamps_are_an_index(container, stream, packets):
-    """Whether the packets' timestamps tell the order of display; in avi, raw streams and some mkv they lie."""
-    trusted = {"mov", "mpegts"} & set(container.format.name.split(",")) or stream.codec_context.name in ("vp8", "vp9")
+    """Whether the packets' timestamps tell the frames in order of display; in avi, raw streams and some mkv they lie,
+    and vp8 has packets that show nothing."""
+    trusted = {"mov", "mpegts"} & set(container.format.name.split(",")) or stream.codec_context.name == "vp9"
     times = [packet.pts for packet in packets]
     return bool(trusted) and None not in times and len(set(times)) == len(times)
 
@@ -411,8 +415,8 @@ def random_erasing(clip, probability):
     box = RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)).make_params([clip])
     if box.pop("v") is None:                            # no box fitted in ten tries
         return clip
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    noise = torch.randn(len(clip), 3, box["h"], box["w"]) * std + mean      # torchvision's is the same in all frames
+    noise = torch.randn(len(clip), 3, box["h"], box["w"])   # torchvision's is the same in all frames
+    noise = noise * IMAGENET_STD[:, 0] + IMAGENET_MEAN[:, 0]
     return tv.erase(clip, **box, v=(noise.clamp(0, 1) * 255).byte())
 
 
@@ -426,12 +430,16 @@ def finetuning_clip(clip, size, flip, crop_area, augment, erase):
 
 def normalise(clips, device):
     """uint8 [B, 3, T, H, W] -> float on the device, with ImageNet's mean and deviation."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (clips.to(device, non_blocking=True).float() / 255 - mean) / std
+    return (clips.to(device, non_blocking=True).float() / 255 - IMAGENET_MEAN.to(device)) / IMAGENET_STD.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Samples and batches
+
+
+def seed_of(*numbers):
+    """One seed for a generator from several numbers."""
+    return reduce(lambda seed, number: seed * 1_000_003 + number, numbers) % 2**63
 
 
 class Videos(Dataset):
@@ -439,7 +447,7 @@ class Videos(Dataset):
 
     choose(number of frames) -> R lists of frame numbers; augment(clip [T, 3, H, W]) -> [T, 3, S, S]. Both draw
     from torch's generator, which is seeded by (seed, epoch, i). In place of an unreadable video another one
-    is drawn, at most `DRAWS` times; then UnreadableVideo is raised.
+    is drawn, `DRAWS` videos in all; then UnreadableVideo is raised. A video without a label has -1.
     """
 
     DRAWS = 10
@@ -454,7 +462,7 @@ class Videos(Dataset):
         epoch, i = key
         failures = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2**63)
+            torch.manual_seed(seed_of(self.seed, epoch, i))
             for _ in range(self.DRAWS):
                 path, label = self.entries[i]
                 try:
@@ -522,7 +530,7 @@ class TrainingOrder(Sampler):
         for step in range(self.first, self.steps):
             epoch, place = divmod(step, self.size // self.batch)
             if permuted != epoch:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
                 order, permuted = torch.randperm(self.size, generator=generator).tolist(), epoch
             yield from ((epoch, i) for i in order[place * self.batch + self.rank:(place + 1) * self.batch:self.world])
 
@@ -540,7 +548,7 @@ def toy_clip(motion, generator):
     """uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3]: a window that moves steadily over a texture of several octaves.
 
     Place, angle, zoom and brightness in mid-clip are random for every class and only the class's own motion
-    changes them, so that no single frame tells the class.
+    changes them, so that the middle frame tells nothing of the class and the others hardly more.
     """
     octaves = (torch.randn(1, 1, n, n, generator=generator) for n in (8, 16, 32))
     texture = sum(F.interpolate(octave, size=(128, 128), mode="bicubic") for octave in octaves)
@@ -617,20 +625,24 @@ def unreadable_reason(path):
     """None, or why some frame of the video does not decode."""
     try:
         with open_video(path) as (container, stream):
-            count = 0
-            for frame in container.decode(stream):
-                refuse_damaged(frame)
-                count += 1
-            if not count:
-                raise ValueError("none of its frames decodes")
+            packets, count = list(container.demux(stream)), 0
+            for packet in packets:                      # the last one is empty: it drains the decoder
+                for frame in stream.codec_context.decode(packet):
+                    refuse_damaged(frame)
+                    count += 1
+            packets = [packet for packet in packets if packet.size]
+            wanted = sum(not packet.is_discard for packet in packets) if timestamps_are_an_index(container, stream, packets) else 1
+            if count < wanted:
+                raise ValueError(f"{wanted - count} of {wanted} frames do not decode")
     except UnreadableVideo as error:
         return str(error)
 
 
 def failures(function, jobs, workers):
-    """The reasons that function(job) returns for jobs that failed; with several processes and a progress bar."""
-    with multiprocessing.Pool(workers) as pool:
-        reasons = pool.imap_unordered(function, jobs, chunksize=4)
+    """The reasons that function(job) returns for jobs that failed; with several processes and a progress bar. Raises
+    BrokenExecutor if one of them is killed."""
+    with ProcessPoolExecutor(workers) as pool:
+        reasons = pool.map(function, jobs, chunksize=4)
         return sorted(filter(None, tqdm(reasons, total=len(jobs), unit="video")))
 
 
@@ -643,7 +655,7 @@ def shrink_video(job, short_side, key_frames):
     temporary = target.with_name(f".{target.name}.part")
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode", "x264-params": "b-pyramid=none"}
     try:
-        with open_video(source) as (container, stream), av.open(str(temporary), "w", format="mp4") as writer:
+        with av.open(str(temporary), "w", format="mp4") as writer, open_video(source) as (container, stream):
             output, last = None, None
             for frame in container.decode(stream):
                 refuse_damaged(frame)
@@ -675,11 +687,12 @@ def shrink_video(job, short_side, key_frames):
 
 def shrink(source, target, short_side, key_frames, workers):
     """Re-encode all videos below the folder `source` to <same name>.mp4 below `target`, those already there
-    left alone; returns the reasons of those that failed."""
+    left alone; returns the reasons of those that failed. Raises ValueError where there is nothing to do, or two sources
+    for one target."""
     source, target = Path(source).expanduser(), Path(target).expanduser()
     jobs = {}
     for path in sorted(source.rglob("*")):
-        if path.suffix.lower() in VIDEO_SUFFIXES:
+        if path.suffix.lower() in VIDEO_SUFFIXES and target not in path.parents:
             goal = (target / path.relative_to(source)).with_suffix(".mp4")
             if goal in jobs:
                 raise ValueError(f"{path} and {jobs[goal]} would both become {goal}: rename one")
@@ -707,7 +720,7 @@ def main():
     options = parser.parse_args()
 
     import train_pretrain       # not at the top: it imports this module
-    with train_pretrain.one_sentence(ValueError):
+    with train_pretrain.one_sentence(ValueError, BrokenExecutor):
         if options.command == "shrink":
             reasons = shrink(options.source, options.target, options.short_side, options.key_frames, options.workers)
         else:

@@ -33,7 +33,7 @@ from arvideo import DecoderBlock, Encoder, blocks_per_axis, initialise, layer_no
 from train_pretrain import (adamw, fit, give_up, ignore_signals, load_checkpoint, load_config, mixed_precision, nearest,
                             one_sentence, read_lists, save_checkpoint, start_process, start_workers)
 
-# The keys of section `model` that make an encoder, with or without a decoder
+# The keys of section `model` that change the encoder's weights or what they mean
 ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
 NEW = ("fc_norm.", "head.")                             # of fine-tuning: belong to the classes of a data set
 
@@ -46,7 +46,7 @@ def encoder_arguments(model):
     """Encoder's arguments from config.yaml's section `model`. Raises ValueError where sizes do not fit."""
     frames, size, cube = model["frames"], model["size"], tuple(model["cube"])
     return dict(grid=blocks_per_axis((frames, size, size), cube, "cube"), cube=cube,
-                **{key: model[key] for key in ("width", "depth", "heads", "mlp_ratio", "positions", "checkpointing")})
+                **{key: model[key] for key in (*ENCODER_KEYS[3:], "checkpointing")})
 
 
 def linear_head(width, classes):
@@ -109,7 +109,7 @@ def mix_videos(clips, labels, mixes, repeats):
 
 
 def layer_decay(depth, decay):
-    """scale(parameter name): 1 for the head and for a probe, `decay` less for every layer below, least for the cube embedding."""
+    """scale(parameter name): 1 for the head and for a probe, times `decay` for every layer below; least for the cube embedding."""
     def scale(name):
         layer = 0 if name.startswith("patch_embed.") else depth + 1
         if name.startswith("blocks."):
@@ -170,7 +170,7 @@ def load_weights(model, path, config):
                          + "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names))
     encoder.load_state_dict({name: inside[name] for name in wanted}, strict=False)
     left = ", ".join(sorted({name.removeprefix(prefix).split(".")[0] for name in others})) or "nothing"
-    return f"{len(wanted)} tensors of the encoder from {origin}; left behind: {left}; new: the head", False
+    return f"{len(wanted)} tensors of the encoder from {origin}; left behind: {left}; the rest is new", False
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ def write_results(output, results, entries, classes, **about):
             if p is not None:
                 counts[entries[i][1], p.argmax()] += 1
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        pixels = (255 * (1 - shares)).byte().repeat_interleave(24, 0).repeat_interleave(24, 1)
-        Image.fromarray(pixels.numpy()).save(output / "confusion.png")
+        picture = Image.fromarray((255 * (1 - shares)).byte().numpy())
+        picture.resize((24 * len(classes),) * 2, Image.Resampling.NEAREST).save(output / "confusion.png")
     return scores
 
 
@@ -279,14 +279,16 @@ def labelled_lists(config, process):
 
 def start_from(model, config):
     """Load what finetune.init names; returns a sentence on the origin."""
-    init, last = config["finetune"]["init"], Path(config["run"]["output"], "last.pt")
+    init, output = config["finetune"]["init"], Path(config["run"]["output"])
     if config["finetune"]["test_only"]:
         sentence, complete = load_weights(model, init, config)
         if not complete:
             raise SystemExit(f"finetune.test_only: {init} holds no classifier of these classes; name one by finetune.init")
         return sentence
-    if last.exists():
-        return f"{last}, if it goes on"                 # a run goes on without the file that it started from
+    if any((output / name).exists() for name in ("last.pt", "previous.pt")):
+        return f"{output}, if it goes on"               # a run goes on without the file that it started from
+    if init.endswith("?"):
+        init = init[:-1] if Path(init[:-1]).exists() else "scratch"
     return "scratch" if init == "scratch" else load_weights(model, init, config)[0]
 
 
@@ -320,7 +322,7 @@ def main():
 
     def loss_of(forward, batch, step, rows):
         # Mixing, drop path and dropout depend on the step and the rows alone, so that a resumed run repeats them
-        torch.manual_seed(((run["seed"] * 1_000_003 + step) * 1_000_003 + int(rows[0])) % 2**63)
+        torch.manual_seed(data.seed_of(run["seed"], step, int(rows[0])))
         clips, labels = data.normalise(batch[0], process.device), batch[1].to(process.device)
         if mixes and len(clips) == repeats:
             give_up(process, "finetune.mixup and finetune.cutmix mix different videos, but a process takes one at a time: "

@@ -37,6 +37,8 @@ import data
 from arvideo import ARVideo
 
 CONFIG = Path(__file__).with_name("config.yaml")
+POSITIVE = dict(pretrain=("epochs", "lr", "clips_per_video", "picture_epochs"),
+                finetune=("epochs", "lr", "clips_per_video", "validate_epochs", "test_clips", "test_crops"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -47,10 +49,10 @@ class StrictLoader(yaml.SafeLoader):
     """YAML without code, in which a key that stands twice is an error instead of a silent choice."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key, (place, _) in zip(keys, node.value):
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=place.start_mark)
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -123,13 +125,16 @@ def load_config(arguments, stage):
                 raise SystemExit(f"'{argument}': the value is not YAML") from None
     model_names = [name for name in names if set(presets[name]) != {"finetune"}]    # `toy linear` starts from toy's
     pretrained = f"runs/{'-'.join(model_names)}/pretrain/last.pt"
-    if config["finetune"]["init"] == "auto":
-        config["finetune"]["init"] = pretrained if Path(pretrained).exists() else "scratch"
     config["run"]["output"] = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
     if config["finetune"]["test_only"] and not any(argument.startswith("finetune.init=") for argument in arguments):
         config["finetune"]["init"] = f"{config['run']['output']}/last.pt"
     config["finetune"]["init"] = os.path.expanduser(config["finetune"]["init"].replace("{pretrained}", pretrained))
     config["run"]["output"] = os.path.expanduser(config["run"]["output"])
+    for key in POSITIVE[stage]:
+        if config[stage][key] <= 0:
+            raise SystemExit(f"{stage}.{key}={config[stage][key]}: it must be greater than 0")
+    if config["run"]["max_batch"] < 0:
+        raise SystemExit(f"run.max_batch={config['run']['max_batch']}: it must be 0, for no limit, or greater")
     if "--show" in arguments:
         print(yaml.safe_dump(config, sort_keys=False, default_flow_style=None), end="")
         raise SystemExit(0)
@@ -141,6 +146,9 @@ def one_sentence(*kinds):
     """Turn errors that the user can mend, and those of `kinds`, into one sentence and exit status 1."""
     try:
         yield
+    except (EOFError, ConnectionError):                 # a worker died in the middle of sending a batch
+        raise SystemExit("a process that decodes has ended unexpectedly. If the system ended it for want of memory: "
+                         "set run.workers lower") from None
     except (data.UnreadableVideo, OSError, *kinds) as error:
         # A worker's error carries its traceback in the message; the last line says what happened
         raise SystemExit((str(error).strip() or repr(error)).splitlines()[-1].removeprefix("data.UnreadableVideo: ")) from None
@@ -246,7 +254,7 @@ def adamw(model, settings, device, scale=lambda name: 1.0):
 
 
 def over_processes(process, *values):
-    """The sum of each value over all processes, as Python numbers. The one collective call of a step."""
+    """The sum of each value over all processes, as Python numbers."""
     numbers = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=process.device) for value in values])
     if process.world > 1:
         dist.all_reduce(numbers)
@@ -326,7 +334,8 @@ def last_checkpoint(output, resume):
 
 
 def check_same_training(config, checkpoint, output, stage, videos, model_class):
-    """SystemExit if going on with `config` would train another model, on another number of videos or in another way."""
+    """SystemExit if going on with `config` would train another model, on another number of videos or in another way
+    than by more epochs."""
     if checkpoint.get("stage") != stage:
         raise SystemExit(f"{output} holds a run of train_{checkpoint.get('stage')}.py: choose another run.output")
     saved = checkpoint["config"]
@@ -341,7 +350,7 @@ def check_same_training(config, checkpoint, output, stage, videos, model_class):
                 differences.append(f"{name} is {value!r}, was {before!r}")
     if videos != checkpoint["videos"]:
         differences.append(f"data.train has {videos} videos, had {checkpoint['videos']}")
-    if model_class != checkpoint["model_class"]:        # a fork may differ in nothing else
+    if model_class != checkpoint.get("model_class", model_class):       # a fork may differ in nothing else
         differences.append(f"the model is {model_class}, was {checkpoint['model_class']}")
     if differences:
         raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differences)}. "
@@ -349,7 +358,7 @@ def check_same_training(config, checkpoint, output, stage, videos, model_class):
 
 
 def report_unreadable(process, failures, named, tried, unreadable, share):
-    """Name every unreadable video once; stop if, after a hundred tries, more than `share` of all were unreadable."""
+    """Name every unreadable video, once in each process; stop if, after a hundred tries, more than `share` of all were unreadable."""
     for reason in failures:
         if reason not in named:
             named.add(reason)
@@ -385,7 +394,8 @@ class Log:
             self.open(step)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+            if value is not None:
+                self.board.add_scalar(name, value, step)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -403,21 +413,21 @@ def draw_picture(model, video, order, visible):
     its place in the prediction order.
     """
     B, size, (kt, kh, kw) = len(video), video.shape[-1], (a // b for a, b in zip(model.grid, model.blocks))
-    scale, M = max(1, 128 // size), len(model.clusters)
-    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    rows = torch.stack([video, *model.reconstruct(video, order, visible)], 1)[:, :, :, ::model.cube[0]]
-    pixels = ((rows * std + mean).clamp(0, 1) * 255).byte().permute(0, 1, 3, 4, 5, 2).cpu()     # [B, 3 rows, t, H, W, 3]
-    pixels = pixels.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
+    scale, M, corners = max(1, 128 // size), len(model.clusters), list(itertools.product(*map(range, model.blocks)))
+    rows = torch.stack([video, *model.reconstruct(video, order, visible)], 1)[:, :, :, ::model.cube[0]].cpu()
+    pixels = ((rows * data.IMAGENET_STD + data.IMAGENET_MEAN).clamp(0, 1) * 255).byte()
+    pixels = pixels.permute(0, 1, 3, 4, 5, 2).contiguous()                                      # [B, 3 rows, t, H, W, 3]
     side, high, wide = size * scale + 10, kh * model.cube[1] * scale, kw * model.cube[2] * scale
     picture = Image.new("RGB", (max(model.grid[0] * side, 560), 3 * B * side + 40), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((0, 4), "Rows: true video, what the encoder saw, what was predicted. Number: place in the order.\n"
-                     "Flattering: each predicted cube has its mean and contrast from the true video.", "black")
+    pen.text((0, 4), "Rows: true video, what the encoder saw, what was predicted. Number: place in the order." + (
+        "\nFlattering: each predicted cube has its mean and contrast from the true video." if model.normalise_target else ""), "black")
     for b, row, frame in itertools.product(range(B), range(3), range(model.grid[0])):
         left, top = frame * side, (3 * b + row) * side + 40
-        picture.paste(Image.fromarray(pixels[b, row, frame].numpy()), (left, top))
+        shown = Image.fromarray(pixels[b, row, frame].numpy())
+        picture.paste(shown.resize((size * scale, size * scale), Image.Resampling.NEAREST), (left, top))
         for place, cluster in enumerate(order[b].tolist()):
-            t, h, w = (int(i) for i in torch.unravel_index(torch.tensor(cluster), model.blocks))
+            t, h, w = corners[cluster]
             if t == frame // kt:
                 empty = (False, place == M - 1, place < model.predict_after)[row]
                 x, y = left + w * wide, top + h * high
@@ -468,21 +478,19 @@ def start_workers(loader):
     return batches
 
 
-def read_batches(videos, order, at_once, accumulation, run, process):
-    """A generator of lists of `accumulation` micro-batches, decoded ahead by run.workers processes."""
+def read_batches(videos, order, at_once, run, process):
+    """A generator of micro-batches, decoded ahead by run.workers processes."""
     with one_sentence(ValueError):
         loader = DataLoader(videos, at_once, sampler=order, num_workers=run["workers"], collate_fn=data.collate,
                             pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals)
-        micro_batches = start_workers(loader)
-        while True:
-            yield list(itertools.islice(micro_batches, accumulation))
+        yield from start_workers(loader)
 
 
 def fit(config, stage, process, precision, model, videos, optimizer, loss_of, end_epoch, **also):
     """Train `model` on `videos` as section `stage` of the configuration says, from the last checkpoint on.
 
     loss_of(forward, batch, step, rows) is the loss of a micro-batch (clips, labels, unreadable), where rows [b]
-    tells which of the global batch's clips these are; forward is the model, wrapped for several processes.
+    tells which of the global batch's clips these are; forward is the model, compiled and wrapped as the run asks.
     end_epoch(epoch, last) is called in every process after every epoch; what it returns goes into the log, `also` into
     the checkpoints. Returns whether it trained at all: a finished run is left as it is.
     """
@@ -490,9 +498,6 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     autocast, scaler = precision
     batch, repeats = settings["batch"], settings["clips_per_video"]
     at_once, accumulation = split_batch(batch, process, run["max_batch"], len(videos), f"{stage}.batch")
-    for key in ("epochs", "lr", "clips_per_video", "picture_epochs" if stage == "pretrain" else "validate_epochs"):
-        if settings[key] <= 0:
-            raise SystemExit(f"{stage}.{key}={settings[key]}: it must be greater than 0")
     per_epoch = len(videos) // batch
     steps, warmup = settings["epochs"] * per_epoch, settings["warmup_epochs"] * per_epoch
     peak, floor = settings["lr"] * batch / 256, settings["min_lr"] * batch / 256
@@ -540,18 +545,19 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     reading = data.TrainingOrder(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
     named, saved_at = set(), time.monotonic()
     bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
-    source = read_batches(videos, reading, at_once, accumulation, run, process)
+    source = read_batches(videos, reading, at_once, run, process)
     with one_sentence(), stop_on_signals() as stop, contextlib.closing(source) as batches:
         for step in bar:
             model.train()
-            began = time.perf_counter()
-            micro_batches = next(batches)
-            waited = time.perf_counter() - began
-
-            lr, loss = learning_rate(step, steps, warmup, peak, floor), 0.0
+            lr, loss, failures = learning_rate(step, steps, warmup, peak, floor), 0.0, []
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            for i, micro_batch in enumerate(micro_batches):
+            began, waited = time.perf_counter(), 0.0
+            for i in range(accumulation):
+                asked = time.perf_counter()
+                micro_batch = next(batches)
+                waited += time.perf_counter() - asked
+                failures += micro_batch[2]
                 wait = process.world > 1 and i + 1 < accumulation       # processes share gradients once a step
                 with forward.no_sync() if wait else contextlib.nullcontext():
                     with autocast():
@@ -561,7 +567,6 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"] or math.inf).item()
 
-            failures = [reason for _, _, reasons in micro_batches for reason in reasons]
             loss, failed, stopping = over_processes(process, loss / process.world, len(failures), len(stop))
             # fp16's scaler answers an overflow by skipping the step and halving its scale; at 1 it has no answer left
             finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
@@ -578,7 +583,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             if process.rank == 0:
                 elapsed = time.perf_counter() - began
                 speed = dict(clips_per_second=batch * repeats / elapsed, data_share=waited / elapsed)
-                log.write(step + 1, epoch=step // per_epoch, loss=loss, lr=lr, norm=norm, **speed)
+                log.write(step + 1, epoch=step // per_epoch + 1, loss=loss, lr=lr,
+                          norm=norm if math.isfinite(norm) else None, **speed)      # JSON knows no infinity
                 bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed['clips_per_second']:.1f} clips/s, "
                                     f"{speed['data_share']:.0%} waiting for data")
 
@@ -600,6 +606,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
                     dist.barrier()                      # nobody leaves before the first process has saved
                 give_up(process, f"stopped by a signal after step {step + 1}; "
                                  f"the same command goes on from {output / 'last.pt'}")
+        if over_processes(process, len(stop))[0]:       # in the last validation
+            give_up(process, f"stopped by a signal after the last step, {steps}; the same command goes on")
     return True
 
 
@@ -630,7 +638,7 @@ def main():
     def loss_of(forward, batch, step, rows):
         """Every process draws for the whole global batch and takes its own rows: the draw of a clip depends on
         the step and its row alone, not on the number of processes."""
-        order, visible = model.draw(settings["batch"] * repeats, generator.manual_seed(run["seed"] * 1_000_003 + step))
+        order, visible = model.draw(settings["batch"] * repeats, generator.manual_seed(data.seed_of(run["seed"], step)))
         return forward(data.normalise(batch[0], process.device), order[rows], visible[rows])
 
     def end_epoch(epoch, last):

@@ -51,7 +51,7 @@ def test_visible_tokens_are_a_random_fifth_of_every_cluster():
     assert not torch.equal(positions[0], positions[1])     # nor is it the same choice in every cluster
 
 
-@pytest.mark.parametrize("tokens, ratio, count", [(98, 0.8, 20), (98, 0.75, 25), (98, 0.95, 5), (1, 0.8, 1), (4, 0.0, 4)])
+@pytest.mark.parametrize("tokens, ratio, count", [(98, 0.8, 20), (98, 0.75, 25), (98, 0.95, 5), (15, 0.9, 2), (1, 0.8, 1), (4, 0.0, 4)])
 def test_visible_count(tokens, ratio, count):
     assert arvideo.visible_count(tokens, ratio) == count
 

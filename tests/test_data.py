@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import BrokenExecutor
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,14 @@ def test_several_clips_from_one_decode(tmp_path):
     assert len(first) == 2 and len(second) == 3 and torch.equal(first[1], second[0])
 
 
+def copy_packets(source, target, first=0, **options):
+    with av.open(str(target), "w", **options) as writer, av.open(str(source)) as reader:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in [packet for packet in reader.demux(reader.streams.video[0]) if packet.dts is not None][first:]:
+            packet.stream = stream
+            writer.mux(packet)
+
+
 def broken_files(folder):
     good = encode(folder / "good.mp4", g=40).read_bytes()
     (folder / "cut.mp4").write_bytes(good[:len(good) // 2])             # its index, at the end, is lost
@@ -118,7 +127,9 @@ def broken_files(folder):
         frame.rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    return ["cut.mp4", "damaged.mp4", "empty.mp4", "text.mp4", "folder.mp4", "sound.mp4", "absent.mp4"]
+    (folder / "codec.mp4").write_bytes(good.replace(b"avc1", b"zzzz"))  # nobody decodes that
+    copy_packets(folder / "good.mp4", folder / "headless.mp4", first=1)     # without its key frame
+    return ["cut.mp4", "damaged.mp4", "empty.mp4", "text.mp4", "folder.mp4", "sound.mp4", "codec.mp4", "headless.mp4", "absent.mp4"]
 
 
 def test_unreadable_files_are_refused_by_name(tmp_path):
@@ -132,12 +143,7 @@ def test_unreadable_files_are_refused_by_name(tmp_path):
 
 def test_the_beginning_of_a_file_cut_short_is_read(tmp_path):
     whole = encode(tmp_path / "whole.mp4", g=10, movflags="faststart")
-    with av.open(str(tmp_path / "front.mp4"), "w", options={"movflags": "faststart"}) as target, av.open(str(whole)) as source:
-        copy = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = copy
-                target.mux(packet)
+    copy_packets(whole, tmp_path / "front.mp4", options={"movflags": "faststart"})
     content = (tmp_path / "front.mp4").read_bytes()
     (tmp_path / "half.mp4").write_bytes(content[:len(content) // 2])
     clip, = read_clips(tmp_path / "half.mp4", lambda count: [[0, 3, 5]])
@@ -231,6 +237,8 @@ def test_a_folder_of_videos_has_no_labels(tmp_path):
     ("list.txt", "a b.mp4\nc.mp4 1\n", r"list.txt:2: expected `path`.*c.mp4 1"),
     ("list.txt", "", "the annotation file is empty"),
     ("list.txt", "gone.mp4 0\n", "none of its 1 videos is under .*gone.mp4"),
+    ("list.txt", "[1] gone.mp4 0\n", r"none of its 1 videos is under .*\[1\] gone.mp4"),
+    ("list.csv", "label,youtube_id,time_start,time_end\n", "it lists no videos"),
     ("list.csv", "label,youtube_id,time_start\n", "the column time_end is missing"),
     ("list.csv", "label,youtube_id,time_start,time_end\na,abc,ten,20\n", "list.csv:2: the times are not numbers"),
     ("list.json", '[{"id": "7"}]', "expected a JSON list of objects with `id` and `template`"),
@@ -405,6 +413,9 @@ def test_shrink_keeps_frames_and_times_and_resumes(tmp_path, capsys):
     changed = (target / "b.mp4").stat().st_mtime_ns
     data.shrink(source, target, 48, 8, 1)
     assert (target / "b.mp4").stat().st_mtime_ns == changed and "3 of them done already" in capsys.readouterr().out
+    for _ in range(2):                                  # never its own output
+        data.shrink(source, source / "small", 48, 8, 1)
+    assert sorted(path.name for path in (source / "small").rglob("*.mp4")) == ["a.mp4", "b.mp4", "turned.mp4"]
 
 
 def test_check_lists_the_unreadable(tmp_path, capsys):
@@ -412,3 +423,8 @@ def test_check_lists_the_unreadable(tmp_path, capsys):
     bad = broken_files(tmp_path)[1]
     reasons = data.failures(data.unreadable_reason, [str(good), str(tmp_path / bad)], 2)
     assert len(reasons) == 1 and bad in reasons[0]
+
+
+def test_a_killed_process_ends_check():
+    with pytest.raises(BrokenExecutor):
+        data.failures(os._exit, [1], 2)

@@ -259,7 +259,7 @@ PRETRAIN = [
     ("pretrain.batch=32", "pretrain.batch=32 is more than the 24 videos"),
     ("pretrain.lr=-1.0", "pretrain.lr=-1.0"),
     ("pretrain.clips_per_video=0", "pretrain.clips_per_video=0"),
-    ("data.train=nowhere.txt", "nowhere.txt: there is no such annotation file"),
+    ("data.train=nowhere.txt", "nowhere.txt: there is no such annotation file; look at data.root"),
     ("data.train={bad}/empty.txt", "empty.txt: the annotation file is empty"),
     ("data.train={bad}/binary.txt", "binary.txt: this is not a text file"),
     ("data.train={bad}/gone.txt", "none of its 1 videos is under"),
@@ -277,6 +277,7 @@ PRETRAIN = [
     ("run.device=tpu", "run.device 'tpu' is unknown"),
     ("run.precision=fp16", "run.precision=fp16 needs a GPU"),
     ("run.workers=-1", "num_workers"),
+    ("run.max_batch=-1", "run.max_batch=-1: it must be 0"),
     ("model.mlp_ratio=1.0e15", "out of memory"),
 ]
 FINETUNE = [
@@ -289,6 +290,7 @@ FINETUNE = [
     ("finetune.init={finished}/last.pt model.width=64", "model.width is 64, the checkpoint's 32"),
     ("run.output={finished}", "holds a run of train_pretrain.py"),
     ("finetune.init={finished}/last.pt finetune.test_only=true", "last.pt holds no classifier of these classes"),
+    ("finetune.test_crops=0", "finetune.test_crops=0: it must be greater than 0"),
     ("finetune.probe=cubic", "finetune.probe 'cubic' is unknown"),
     ("finetune.sampling=sparse", "finetune.sampling 'sparse' is unknown"),
     ("data.val=", "data.val is empty"),

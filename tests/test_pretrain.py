@@ -168,7 +168,7 @@ def test_a_run_leaves_checkpoint_log_and_pictures(reference, toy):
     torch.testing.assert_close(torch.load(output / "epoch_0002.pt", weights_only=True)["model"], checkpoint["model"], rtol=0, atol=0)
     assert yaml.safe_load((output / "config.yaml").read_text()) == checkpoint["config"]
     assert checkpoint["step"] == 6 and "encoder.blocks.1.attn.qkv.weight" in checkpoint["model"]
-    assert log_of(output, "step", "epoch") == [[i + 1, i // 3] for i in range(6)]
+    assert log_of(output, "step", "epoch") == [[i + 1, i // 3 + 1] for i in range(6)]
     assert {"loss", "lr", "clips_per_second", "data_share"} <= set(json.loads((output / "log.jsonl").open().readline()))
     assert "8 = 1 processes x 1 accumulation steps x 8 videos" in printed and f"lr {0.006 * 8 / 256:.3g} = 0.006 x 8 / 256" in printed
     code, out, err = run([*TINY, *toy, f"run.output={output}"])
