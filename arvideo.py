@@ -300,7 +300,7 @@ def run_block(block, *inputs, checkpointing):
 class ARVideo(nn.Module):
     """The pretraining model: encoder, decoder and loss. The arguments are config.yaml's section `model`,
     explained there; the ablations of the paper (Tables 1, 6-10) change them. Prediction begins after the first
-    `predict_after` clusters of the order. A place is 0 .. M-1 and counts along the order, not along the video.
+    `predict_after` clusters of the order. A place counts along the order: here 0 .. M-1, in README and pictures 1 .. M.
 
     Raises ValueError where sizes do not fit, an order is unknown or a ratio is out of range.
     """

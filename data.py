@@ -41,11 +41,12 @@ IMAGENET_MEAN, IMAGENET_STD = (torch.tensor(rgb).view(3, 1, 1, 1) for rgb in ([0
 def read_annotations(source, root="", classes=None, quiet=False):
     """Videos of a data set: ([(path, label or None), ...], class names or None).
 
-    `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's JSON (with labels.json beside
-    it) or a list of lines `path` or `path label`, itself under `root` or not; its content tells which. Videos lie under
-    `root`, which is the annotations' own folder if empty; those of a list in either. `classes`, the names of the training set, fixes the class
-    numbers; without it Kinetics' labels are numbered in alphabetical order. Files that do not exist are
-    counted on stderr, the first of them named, unless `quiet`. Raises ValueError naming the file, the line and what is wrong with it.
+    `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's JSON (with labels.json
+    beside it) or a list of lines `path` or `path label`, itself under `root` or not; its content tells which. Videos
+    lie under `root`, which is the annotations' own folder if empty; those of a list in either. `classes`, the names of
+    the training set, fixes the class numbers; without it Kinetics' labels are numbered in alphabetical order. Files
+    that do not exist are counted on stderr, the first of them named, unless `quiet`. Raises ValueError naming the file,
+    the line and what is wrong with it.
     """
     places = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
     source = next((place for place in places if place.exists()), None)
