@@ -17,7 +17,7 @@ Symbols in the shapes, with their sizes in the paper:
     D   width of the encoder           768  K   tokens of a cluster: 2 x 7 x 7      98
     d   width of the decoder           512  V   visible tokens of a cluster         20
     S   visible tokens that enter the encoder, (M - 1) V                            300
-    Q   tokens to predict, the decoder's queries, (M - 1) K                         1470
+    Q   tokens to predict, the decoder's queries, by default (M - 1) K              1470
 
 Run by `python train_pretrain.py`; this file needs torch and nothing else.
 """
