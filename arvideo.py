@@ -23,6 +23,7 @@ Run by `python train_pretrain.py`; this file needs torch and nothing else.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 ORDERS = ("random", "spatial-first", "temporal-first")
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -186,10 +188,6 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def layer_norm(width):
-    return nn.LayerNorm(width, eps=1e-6)
-
-
 def initialise(module):
     """VideoMAE's initialisation: linear layers xavier-uniform, their biases 0; Conv3d as torch has it."""
     if isinstance(module, nn.Linear):
@@ -202,12 +200,19 @@ def initialise(module):
 # Encoder and decoder (3.3.3)
 
 
+def run_block(block, *inputs, checkpointing):
+    """block(*inputs); with checkpointing its activations are computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
 class EncoderBlock(nn.Module):
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
-        self.norm1 = layer_norm(width)
+        self.norm1 = LayerNorm(width)
         self.attn = SelfAttention(width, heads)
-        self.norm2 = layer_norm(width)
+        self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, mlp_ratio)
         self.drop_path = nn.Identity()                  # fine-tuning puts its stochastic depth here
 
@@ -219,13 +224,14 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """A plain ViT over cubes, with VideoMAE's parameter names."""
 
-    def __init__(self, grid, cube, width, depth, heads, mlp_ratio, positions, checkpointing):
+    def __init__(self, frames, size, cube, width, depth, heads, mlp_ratio, positions, checkpointing):
         super().__init__()
-        self.cube, self.width, self.checkpointing = cube, width, checkpointing
-        self.register_buffer("positions", position_table(grid, width, positions), persistent=False)
-        self.patch_embed = CubeEmbedding(cube, width)
+        self.cube, self.width, self.checkpointing = tuple(cube), width, checkpointing
+        self.grid = blocks_per_axis((frames, size, size), self.cube, "cube")
+        self.register_buffer("positions", position_table(self.grid, width, positions), persistent=False)
+        self.patch_embed = CubeEmbedding(self.cube, width)
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp_ratio) for _ in range(depth))
-        self.norm = layer_norm(width)
+        self.norm = LayerNorm(width)
         self.apply(initialise)
 
     def forward(self, cubes, index=None, mask=None):
@@ -250,11 +256,11 @@ class DecoderBlock(nn.Module):
     def __init__(self, width, heads, mlp_ratio, self_attention):
         super().__init__()
         if self_attention:
-            self.norm0 = layer_norm(width)
+            self.norm0 = LayerNorm(width)
             self.self_attn = SelfAttention(width, heads)
-        self.norm1 = layer_norm(width)
+        self.norm1 = LayerNorm(width)
         self.cross_attn = CrossAttention(width, heads)
-        self.norm2 = layer_norm(width)
+        self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, mlp_ratio)
 
     def forward(self, x, memory, mask, cluster_size):
@@ -274,7 +280,7 @@ class Decoder(nn.Module):
         self.register_buffer("positions", position_table(grid, width, positions), persistent=False)
         self.query = nn.Parameter(torch.empty(width).normal_(std=0.02))
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, self_attention) for _ in range(depth))
-        self.norm = layer_norm(width)
+        self.norm = LayerNorm(width)
         self.head = nn.Linear(width, outputs)
         self.apply(initialise)
 
@@ -284,13 +290,6 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = run_block(block, x, memory, mask, cluster_size, checkpointing=self.checkpointing)
         return self.head(self.norm(x))
-
-
-def run_block(block, *inputs, checkpointing):
-    """block(*inputs); with checkpointing its activations are computed again in the backward pass."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -319,9 +318,8 @@ class ARVideo(nn.Module):
         for name, w, h in (("heads", width, heads), ("decoder_heads", decoder_width, decoder_heads)):
             if h < 1 or w < 1 or w % h:
                 raise ValueError(f"{name} {h} does not divide the width {w}")
-        cube = tuple(cube)
-        self.cube, self.order = cube, order
-        self.grid = blocks_per_axis((frames, size, size), cube, "cube")
+        self.encoder = Encoder(frames, size, cube, width, depth, heads, mlp_ratio, positions, checkpointing)
+        self.grid, self.cube, self.order = self.encoder.grid, self.encoder.cube, order
         self.blocks = blocks_per_axis(self.grid, cluster, "cluster")
         M, K = math.prod(self.blocks), math.prod(cluster)
         if not 1 <= predict_after < M:
@@ -331,7 +329,6 @@ class ARVideo(nn.Module):
         self.predict_after, self.cluster_size, self.normalise_target = predict_after, K, normalise_target
         self.visible_count = visible_count(K, mask_ratio)
 
-        self.encoder = Encoder(self.grid, cube, width, depth, heads, mlp_ratio, positions, checkpointing)
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
         self.decoder = Decoder(self.grid, decoder_width, decoder_depth, decoder_heads, mlp_ratio, positions,
                                decoder_self_attention, 3 * math.prod(cube), checkpointing)

@@ -25,7 +25,7 @@ import av
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
@@ -92,16 +92,14 @@ def existing(source, root, entries, quiet):
 
 def read_folder(source, classes):
     """One folder a class, numbered in alphabetical order; or, for pretraining, videos without labels."""
-    folders = sorted(path.name for path in source.iterdir() if path.is_dir())
-    entries = [(str(path), name) for name in folders for path in sorted((source / name).rglob("*"))
-               if path.suffix.lower() in VIDEO_SUFFIXES]
-    if entries:
-        classes = classes or folders
-        return number(source, entries, classes), classes
-    entries = [(str(path), None) for path in sorted(source.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES]
-    if not entries:
+    videos = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    if not videos:
         raise ValueError(f"{source}: there are no videos in this folder, nor in folders of classes")
-    return entries, None
+    entries = [(str(path), path.relative_to(source).parts[0]) for path in videos if path.parent != source]
+    if not entries:
+        return [(str(path), None) for path in videos], None
+    classes = classes or sorted({name for _, name in entries})
+    return number(source, entries, classes), classes
 
 
 def read_kinetics(source, text, classes):
@@ -172,8 +170,7 @@ def read_list(source, text, root, classes, quiet):
         entries.append((path, name, label and int(label)))
     names = source.with_name("classes.txt")
     if classes is None and names.is_file():
-        classes = names.read_text(encoding="utf-8").split("\n")
-        classes = [name.strip() for name in classes if name.strip()]
+        classes = list(filter(None, map(str.strip, names.read_text(encoding="utf-8").split("\n"))))
     return existing(source, root, entries, quiet), classes
 
 
@@ -504,36 +501,20 @@ class Views(Dataset):
         return i, views.transpose(1, 2), None
 
 
-def collate_views(items):
-    """Items of Views -> (readable videos [n], their views uint8 [n V, 3, T, S, S] or None, [(unreadable, reason), ...])."""
-    readable = [(i, views) for i, views, _ in items if views is not None]
-    views = torch.cat([views for _, views in readable]) if readable else None
-    return [i for i, _ in readable], views, [(i, reason) for i, views, reason in items if views is None]
-
-
-class TrainingOrder(Sampler):
+def training_order(size, batch, first, steps, seed, rank, world):
     """(epoch, sample) of everything that one process reads from step `first` to step `steps`.
 
     Every epoch is a permutation of its own, the same in all processes. A step takes the next `batch` of
     it, and process `rank` of `world` every world-th of those: how many processes there are changes who
     reads a sample, never which samples make up a step. What does not fill a batch is left out.
     """
-
-    def __init__(self, size, batch, first, steps, seed, rank, world):
-        self.size, self.batch, self.first, self.steps = size, batch, first, steps
-        self.seed, self.rank, self.world = seed, rank, world
-
-    def __len__(self):
-        return (self.steps - self.first) * self.batch // self.world
-
-    def __iter__(self):
-        permuted = None
-        for step in range(self.first, self.steps):
-            epoch, place = divmod(step, self.size // self.batch)
-            if permuted != epoch:
-                generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-                order, permuted = torch.randperm(self.size, generator=generator).tolist(), epoch
-            yield from ((epoch, i) for i in order[place * self.batch + self.rank:(place + 1) * self.batch:self.world])
+    permuted = None
+    for step in range(first, steps):
+        epoch, place = divmod(step, size // batch)
+        if permuted != epoch:
+            generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+            order, permuted = torch.randperm(size, generator=generator).tolist(), epoch
+        yield from ((epoch, i) for i in order[place * batch + rank:(place + 1) * batch:world])
 
 
 # ---------------------------------------------------------------------------------------------------

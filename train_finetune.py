@@ -29,7 +29,7 @@ from torchvision.tv_tensors import Video
 from tqdm import tqdm
 
 import data
-from arvideo import DecoderBlock, Encoder, blocks_per_axis, initialise, layer_norm
+from arvideo import DecoderBlock, Encoder, LayerNorm, initialise
 from train_pretrain import (adamw, fit, give_up, ignore_signals, load_checkpoint, load_config, mixed_precision, nearest,
                             one_sentence, read_lists, save_checkpoint, start_process, start_workers)
 
@@ -43,10 +43,8 @@ NEW = ("fc_norm.", "head.")                             # of fine-tuning: belong
 
 
 def encoder_arguments(model):
-    """Encoder's arguments from config.yaml's section `model`. Raises ValueError where sizes do not fit."""
-    frames, size, cube = model["frames"], model["size"], tuple(model["cube"])
-    return dict(grid=blocks_per_axis((frames, size, size), cube, "cube"), cube=cube,
-                **{key: model[key] for key in (*ENCODER_KEYS[3:], "checkpointing")})
+    """Encoder's arguments from config.yaml's section `model`."""
+    return {key: model[key] for key in (*ENCODER_KEYS, "checkpointing")}
 
 
 def linear_head(width, classes):
@@ -64,7 +62,7 @@ class Classifier(Encoder):
         self.norm = nn.Identity()                       # the pretrained final norm is discarded
         for i, block in enumerate(self.blocks):
             block.drop_path = StochasticDepth(drop_path * i / max(len(self.blocks) - 1, 1), "row")
-        self.fc_norm = layer_norm(self.width)
+        self.fc_norm = LayerNorm(self.width)
         self.dropout = nn.Dropout(head_dropout)
         self.head = linear_head(self.width, classes)
 
@@ -81,7 +79,7 @@ class Probe(nn.Module):
         super().__init__()
         self.encoder = Encoder(**encoder).requires_grad_(False)
         width = encoder["width"]
-        self.norm = layer_norm(width)
+        self.norm = LayerNorm(width)
         self.attentive = attentive
         if attentive:
             self.query = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
@@ -149,28 +147,24 @@ def load_weights(model, path, config):
     if differing:
         raise SystemExit(f"{path} holds another model: {'; '.join(differing)}")
 
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if own == {name: tensor.shape for name, tensor in state.items()}:
+    own = model.state_dict()
+    if state.keys() == own.keys() and all(state[name].shape == own[name].shape for name in own):
         model.load_state_dict(state)
         return f"all weights, the classifier's too, from {origin}", True
 
     encoder = model.encoder if isinstance(model, Probe) else model
-    wanted = {name: tensor.shape for name, tensor in encoder.state_dict().items() if not name.startswith(NEW)}
     prefix = "encoder." if any(name.startswith("encoder.") for name in state) else ""       # pretraining's or a probe's
-    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    others = [name for name in state if not name.startswith(prefix) or name.removeprefix(prefix) not in wanted]
-    problems = {
-        "missing": sorted(set(wanted) - set(inside)),
-        "unexpected": [name for name in inside if name not in wanted and not name.startswith(("norm.", *NEW))],
-        "of another shape": [f"{name} {list(inside[name].shape)} instead of {list(shape)}"
-                             for name, shape in wanted.items() if name in inside and inside[name].shape != shape],
-    }
-    if any(problems.values()):
-        raise SystemExit(f"{path} does not fit this model: "
-                         + "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names))
-    encoder.load_state_dict({name: inside[name] for name in wanted}, strict=False)
-    left = ", ".join(sorted({name.removeprefix(prefix).split(".")[0] for name in others})) or "nothing"
-    return f"{len(wanted)} tensors of the encoder from {origin}; left behind: {left}; the rest is new", False
+    new = {name: tensor for name, tensor in encoder.state_dict().items() if name.startswith(NEW)}
+    leave = NEW if hasattr(encoder.norm, "weight") else ("norm.", *NEW)
+    taken = {name.removeprefix(prefix): tensor for name, tensor in state.items()
+             if name.startswith(prefix) and not name.removeprefix(prefix).startswith(leave)}
+    try:
+        encoder.load_state_dict({**taken, **new})
+    except RuntimeError as error:                       # torch lists every tensor that does not fit, a line each
+        raise SystemExit(f"{path} does not fit this model: {' '.join(str(error).split())}") from None
+    left = {name.removeprefix(prefix) for name in state} - set(taken)
+    left = ", ".join(sorted({name.split(".")[0] for name in left})) or "nothing"
+    return f"{len(taken)} tensors of the encoder from {origin}; left behind: {left}; the rest is new", False
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -204,18 +198,19 @@ def evaluate(model, entries, config, process, autocast, clips, crops):
     choose = sampler(config, data.dense_views, data.segment_views, clips)
     at_once = config["run"]["max_batch"] or 32          # views; more would fill the workers' queues with gigabytes
     loader = DataLoader(data.Views(entries, choose, config["model"]["size"], crops), max(1, at_once // (clips * crops)),
-                        sampler=range(process.rank, len(entries), process.world), collate_fn=data.collate_views,
+                        sampler=range(process.rank, len(entries), process.world), collate_fn=list,
                         num_workers=config["run"]["workers"], worker_init_fn=ignore_signals)
     results = []
     model.eval()
     bar = tqdm(start_workers(loader), desc="testing", total=len(loader), unit="batch", leave=False, disable=process.rank > 0)
-    for readable, views, unreadable in bar:
-        if readable:
+    for batch in bar:
+        results += [(i, None, reason) for i, views, reason in batch if views is None]
+        if readable := [(i, views) for i, views, _ in batch if views is not None]:
+            views = torch.cat([views for _, views in readable])                     # [n V, 3, T, S, S]
             with autocast():
                 logits = torch.cat([model(data.normalise(part, process.device)) for part in views.split(at_once)])
             probabilities = logits.float().softmax(1).unflatten(0, (len(readable), -1)).mean(1).cpu()
-            results += [(i, p.clone(), None) for i, p in zip(readable, probabilities)]  # a view would travel with its batch
-        results += [(i, None, reason) for i, reason in unreadable]
+            results += [(i, p.clone(), None) for (i, _), p in zip(readable, probabilities)]     # a view would travel with its batch
     if process.world > 1:
         gathered = [None] * process.world if process.rank == 0 else None
         dist.gather_object(results, gathered)

@@ -37,8 +37,7 @@ import data
 from arvideo import ARVideo
 
 CONFIG = Path(__file__).with_name("config.yaml")
-POSITIVE = dict(pretrain=("epochs", "lr", "clips_per_video", "picture_epochs"),
-                finetune=("epochs", "lr", "clips_per_video", "validate_epochs", "test_clips", "test_crops"))
+POSITIVE = ("epochs", "batch", "clips_per_video", "lr", "picture_epochs", "validate_epochs", "test_clips", "test_crops")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -80,6 +79,9 @@ def checked(value, default, name):
     if type(value) is not kind or kind is list and len(value) != len(default):
         wanted = f"a list of {len(default)}" if kind is list else f"of kind {kind.__name__}"
         raise SystemExit(f"{name} must be {wanted}, like {default!r}; found {value!r}")
+    positive = name.partition(".")[2] in POSITIVE
+    if kind in (int, float) and (value <= 0 if positive else value < 0):
+        raise SystemExit(f"{name}={value}: it must be greater than 0{'' if positive else ', or 0'}")
     return [checked(item, like, name) for item, like in zip(value, default)] if kind is list else value
 
 
@@ -130,15 +132,14 @@ def load_config(arguments, stage):
         config["finetune"]["init"] = f"{config['run']['output']}/last.pt"
     config["finetune"]["init"] = os.path.expanduser(config["finetune"]["init"].replace("{pretrained}", pretrained))
     config["run"]["output"] = os.path.expanduser(config["run"]["output"])
-    for key in POSITIVE[stage]:
-        if config[stage][key] <= 0:
-            raise SystemExit(f"{stage}.{key}={config[stage][key]}: it must be greater than 0")
-    if config["run"]["max_batch"] < 0:
-        raise SystemExit(f"run.max_batch={config['run']['max_batch']}: it must be 0, for no limit, or greater")
     if "--show" in arguments:
         print(yaml.safe_dump(config, sort_keys=False, default_flow_style=None), end="")
         raise SystemExit(0)
     return config
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -162,10 +163,6 @@ def one_sentence(*kinds):
         if "closed by peer" in str(error) or "reset by peer" in str(error):
             raise SystemExit("another process of this run has ended; its message says why") from None
         raise
-
-
-def first_line(error):
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -217,12 +214,11 @@ def mixed_precision(precision, device):
 
 def split_batch(batch, process, limit, videos, name):
     """(videos a process takes at once, accumulation steps) of a global batch; SystemExit if it cannot be shared."""
-    if batch < 1 or batch % process.world:
-        near = max(round(batch / process.world), 1) * process.world
+    near = max(min(batch, videos) // process.world, 1) * process.world
+    if batch % process.world:
         raise SystemExit(f"{name}={batch} cannot be shared evenly by {process.world} processes: try {name}={near}")
     if batch > videos:
-        raise SystemExit(f"{name}={batch} is more than the {videos} videos of data.train: "
-                         f"try {name}={max(videos // process.world, 1) * process.world}")
+        raise SystemExit(f"{name}={batch} is more than the {videos} videos of data.train: try {name}={near}")
     share = batch // process.world
     at_once = next(n for n in range(min(share, limit or share), 0, -1) if share % n == 0)
     return at_once, share // at_once
@@ -369,29 +365,20 @@ def report_unreadable(process, failures, named, tried, unreadable, share):
 
 
 class Log:
-    """log.jsonl, one line a step and one a validation, the same for TensorBoard where it is installed, and config.yaml.
-    Opened, and its folder made, by the first line: what fails before leaves no trace. Older lines of that step and
-    later are dropped: it is written again."""
+    """log.jsonl, one line a step and one a validation, and the same for TensorBoard where it is installed. Older lines
+    of `step`, the first to be written, and later ones are dropped."""
 
-    def __init__(self, config):
-        self.config, self.output, self.file, self.board = config, Path(config["run"]["output"]), None, None
-
-    def open(self, step):
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False, default_flow_style=None))
-        path = self.output / "log.jsonl"
+    def __init__(self, output, step):
+        path, kept = output / "log.jsonl", output / "log.jsonl.tmp"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = path.with_name("log.jsonl.tmp")
         kept.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
         kept.replace(path)
-        self.file = open(path, "a", buffering=1)
+        self.file, self.board = open(path, "a", buffering=1), None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.output, purge_step=step)
+            self.board = SummaryWriter(output, purge_step=step)
 
     def write(self, step, **values):
-        if self.file is None:
-            self.open(step)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items() if self.board else ():
             if value is not None:
@@ -530,7 +517,6 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     if process.world > 1:
         forward = DistributedDataParallel(forward, broadcast_buffers=False)     # masks and positions never change
     if process.rank == 0:
-        log = Log(config)
         print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} videos, "
               f"{repeats} clips of each\n"
               f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, {warmup} of them warm-up, "
@@ -542,7 +528,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
 
     # Which clips of the global batch each micro-batch of this process has
     rows = torch.arange(batch * repeats).view(batch, repeats)[process.rank::process.world].flatten().chunk(accumulation)
-    reading = data.TrainingOrder(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
+    reading = data.training_order(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
     named, saved_at = set(), time.monotonic()
     bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
     source = read_batches(videos, reading, at_once, run, process)
@@ -581,6 +567,10 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             tried, unreadable = tried + batch + int(failed), unreadable + int(failed)
             report_unreadable(process, failures, named, tried, unreadable, config["data"]["max_unreadable"])
             if process.rank == 0:
+                if step == first:                       # not before: what fails before leaves no trace
+                    output.mkdir(parents=True, exist_ok=True)
+                    (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None))
+                    log = Log(output, step + 1)
                 elapsed = time.perf_counter() - began
                 speed = dict(clips_per_second=batch * repeats / elapsed, data_share=waited / elapsed)
                 log.write(step + 1, epoch=step // per_epoch + 1, loss=loss, lr=lr,

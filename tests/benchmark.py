@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import arvideo
 import data
-from arvideo import ARVideo, Encoder, EncoderBlock, initialise, layer_norm, position_table, take, video_to_cubes
+from arvideo import ARVideo, Encoder, EncoderBlock, LayerNorm, initialise, position_table, take, video_to_cubes
 from train_finetune import Classifier, encoder_arguments
 from train_pretrain import adamw, load_config, mixed_precision
 
@@ -54,14 +54,13 @@ class VideoMAE(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        arguments = encoder_arguments(model)
-        self.grid, self.cube, width, heads = arguments["grid"], arguments["cube"], model["width"] // 2, model["heads"] // 2
-        self.encoder = Encoder(**arguments)
+        self.encoder = Encoder(**encoder_arguments(model))
+        self.grid, self.cube, width, heads = self.encoder.grid, self.encoder.cube, model["width"] // 2, model["heads"] // 2
         self.encoder_to_decoder = nn.Linear(model["width"], width, bias=False)
         self.mask_token = nn.Parameter(torch.empty(width).normal_(std=0.02))
         self.register_buffer("positions", position_table(self.grid, width, model["positions"]), persistent=False)
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, model["mlp_ratio"]) for _ in range(4))
-        self.norm = layer_norm(width)
+        self.norm = LayerNorm(width)
         self.head = nn.Linear(width, 3 * self.cube[0] * self.cube[1] * self.cube[2])
         for part in (self.encoder_to_decoder, self.blocks, self.head):
             part.apply(initialise)
@@ -424,7 +423,7 @@ def benchmark_loader(options, config, device):
             choose = partial(data.dense_clips, frames=frames, stride=config["data"]["stride"])
             videos = data.Videos([(str(path), 0)] * 1000, choose, partial(data.pretraining_clip, size=size, flip=False), 0)
             for workers in (1, 2):
-                loader = DataLoader(videos, 4, sampler=data.TrainingOrder(1000, 4, 0, 44, 0, 0, 1), num_workers=workers, collate_fn=data.collate)
+                loader = DataLoader(videos, 4, sampler=data.training_order(1000, 4, 0, 44, 0, 0, 1), num_workers=workers, collate_fn=data.collate)
                 batches = iter(loader)
                 for _ in range(4):                      # the workers have started
                     next(batches)

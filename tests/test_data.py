@@ -358,7 +358,7 @@ def test_several_clips_of_a_video_share_its_label(toy):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_training_order_is_the_same_for_any_number_of_processes_and_any_restart(world):
     def steps(first, rank_count):
-        ranks = [list(data.TrainingOrder(22, 4, first, 15, 7, rank, rank_count)) for rank in range(rank_count)]
+        ranks = [list(data.training_order(22, 4, first, 15, 7, rank, rank_count)) for rank in range(rank_count)]
         assert all(len(rank) == (15 - first) * 4 // rank_count for rank in ranks)
         return list(zip(*ranks))
 

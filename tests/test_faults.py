@@ -130,7 +130,7 @@ def test_one_ranks_failure_ends_all_with_its_message(toy, tmp_path):
     """The second rank alone meets unreadable videos: those at odd places of every step."""
     broken = tmp_path / "broken.mp4"
     broken.write_text("hello")
-    order = [i for _, i in data.TrainingOrder(24, 8, 0, 3, 0, 1, 2)]
+    order = [i for _, i in data.training_order(24, 8, 0, 3, 0, 1, 2)]
     lines = [f"{toy}/train/{i:05d}.mp4" for i in [*range(23), 0]]
     for i in order[:3]:
         lines[i] = str(broken)
@@ -248,7 +248,7 @@ PRETRAIN = [
     ("'model.cluster=[0, 4, 4]'", "along the frames"),
     ("model.order=snake", "order 'snake' is unknown"),
     ("model.mask_ratio=1", "mask_ratio 1.0 is out of range"),
-    ("model.mask_ratio=-0.5", "mask_ratio -0.5 is out of range"),
+    ("model.mask_ratio=-0.5", "model.mask_ratio=-0.5: it must be greater than 0, or 0"),
     ("model.mask_ratio=1.5", "mask_ratio 1.5 is out of range"),
     ("model.heads=3", "heads 3 does not divide the width 32"),
     ("model.decoder_heads=5", "decoder_heads 5 does not divide the width 24"),
@@ -276,8 +276,8 @@ PRETRAIN = [
     ("run.output={finished} run.resume=false", "holds a run: choose another run.output"),
     ("run.device=tpu", "run.device 'tpu' is unknown"),
     ("run.precision=fp16", "run.precision=fp16 needs a GPU"),
-    ("run.workers=-1", "num_workers"),
-    ("run.max_batch=-1", "run.max_batch=-1: it must be 0"),
+    ("run.workers=-1", "run.workers=-1: it must be greater than 0, or 0"),
+    ("run.max_batch=-1", "run.max_batch=-1: it must be greater than 0, or 0"),
     ("model.mlp_ratio=1.0e15", "out of memory"),
 ]
 FINETUNE = [
@@ -307,7 +307,7 @@ COMMANDS = [
     ("python {bad}/twice/train_pretrain.py", "the key 'batch' stands twice"),
     ("python {bad}/tab/train_pretrain.py", "found character '\\t'"),
     (f"python -m torch.distributed.run --standalone --nproc_per_node=2 {ROOT}/train_pretrain.py {{usual}} pretrain.batch=7",
-     "pretrain.batch=7 cannot be shared evenly by 2 processes: try pretrain.batch=8"),
+     "pretrain.batch=7 cannot be shared evenly by 2 processes: try pretrain.batch=6"),
     (f"env RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={{port}} python {ROOT}/train_pretrain.py {{usual}}",
      "is the port in use? Give torchrun another --master-port"),
 ]
