@@ -34,9 +34,7 @@ ORDERS = ("random", "spatial-first", "temporal-first")
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Cubes and clusters (section 3.3.1)
-
+# --- Cubes and clusters (section 3.3.1) -----------------------------------------------------------
 
 def blocks_per_axis(whole, block, what):
     """How many blocks of size `block` (t, h, w) fill `whole` (t, h, w). ValueError if they do not fit."""
@@ -74,9 +72,7 @@ def take(x, index):
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Prediction orders (3.3.2) and visible tokens (4.1)
-
+# --- Prediction orders (3.3.2) and visible tokens (4.1) -------------------------------------------
 
 def prediction_orders(kind, blocks, batch, generator=None, device=None):
     """[B, M]: the cluster at every place of the prediction order. `blocks` counts clusters (t, h, w).
@@ -104,9 +100,7 @@ def visible_tokens(clusters, count, batch, generator=None):
     return clusters.expand(batch, -1, -1).gather(2, chosen)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Layers (VideoMAE's ViT)
-
+# --- Layers (VideoMAE's ViT) ----------------------------------------------------------------------
 
 def sine_cosine(positions, width):
     """[n] positions -> [n, width]: sine at even channels, cosine at odd, wavelengths from 2 pi to nearly 10000 x 2 pi."""
@@ -196,9 +190,7 @@ def initialise(module):
             nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Encoder and decoder (3.3.3)
-
+# --- Encoder and decoder (3.3.3) ------------------------------------------------------------------
 
 def run_block(block, *inputs, checkpointing):
     """block(*inputs); with checkpointing its activations are computed again in the backward pass."""
@@ -292,9 +284,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
-# ---------------------------------------------------------------------------------------------------
-# ARVideo (3.3.3, 4.1)
-
+# --- ARVideo (3.3.3, 4.1) -------------------------------------------------------------------------
 
 class ARVideo(nn.Module):
     """The pretraining model: encoder, decoder and loss. The arguments are config.yaml's section `model`,

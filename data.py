@@ -34,9 +34,7 @@ VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpe
 IMAGENET_MEAN, IMAGENET_STD = (torch.tensor(rgb).view(3, 1, 1, 1) for rgb in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Annotations, read as downloaded
-
+# --- Annotations, read as downloaded --------------------------------------------------------------
 
 def read_annotations(source, root="", classes=None, quiet=False):
     """Videos of a data set: ([(path, label or None), ...], class names or None).
@@ -174,9 +172,7 @@ def read_list(source, text, root, classes, quiet):
     return existing(source, root, entries, quiet), classes
 
 
-# ---------------------------------------------------------------------------------------------------
-# Decoding
-
+# --- Decoding -------------------------------------------------------------------------------------
 
 class UnreadableVideo(Exception):
     """A video that cannot be decoded; the message names the file and the reason."""
@@ -270,20 +266,17 @@ def decode_indexed(codec, packets, wanted):
 def decode_counted(codec, packets, choose):
     """Clips, and {number: frame} for their frames, by decoding from the start and counting what comes out."""
     count = len(packets)
-    while True:
+    while count:
         clips = [[min(i, count - 1) for i in clip] for clip in choose(count)]
-        wanted, frames, number = {i for clip in clips for i in clip}, {}, 0
-        for packet in [*packets, None]:
-            for frame in codec.decode(packet):
-                if number in wanted:
-                    frames[number] = to_rgb(frame)
-                number += 1
-            if len(frames) == len(wanted):
-                return clips, frames
-        if number == 0:
-            raise ValueError("none of its frames decodes")
-        count = number                                  # fewer frames than packets: choose again among them
-        codec.flush_buffers()
+        wanted, frames, count = {i for clip in clips for i in clip}, {}, 0
+        for frame in (frame for packet in [*packets, None] for frame in codec.decode(packet)):
+            if count in wanted:
+                frames[count] = to_rgb(frame)
+                if len(frames) == len(wanted):
+                    return clips, frames
+            count += 1
+        codec.flush_buffers()                           # fewer frames than packets: choose again among them
+    raise ValueError("none of its frames decodes")
 
 
 def refuse_damaged(frame):
@@ -310,9 +303,7 @@ def assemble(clips, frames):
     return [torch.rot90(torch.stack([views[key] for key in clip]), turns, (1, 2)) for clip in clips]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Sampling and augmentation
-
+# --- Sampling and augmentation --------------------------------------------------------------------
 
 def dense_clips(count, frames, stride, clips=1):
     """`clips` windows of `frames` frames, `stride` apart, at random starts of a video of `count` frames."""
@@ -431,9 +422,7 @@ def normalise(clips, device):
     return (clips.to(device, non_blocking=True).float() / 255 - IMAGENET_MEAN.to(device)) / IMAGENET_STD.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Samples and batches
-
+# --- Samples and batches --------------------------------------------------------------------------
 
 def seed_of(*numbers):
     """One seed for a generator from several numbers."""
@@ -517,9 +506,7 @@ def training_order(size, batch, first, steps, seed, rank, world):
         yield from ((epoch, i) for i in order[place * batch + rank:(place + 1) * batch:world])
 
 
-# ---------------------------------------------------------------------------------------------------
-# The toy set: eight motions of a random texture
-
+# --- The toy set: eight motions of a random texture -----------------------------------------------
 
 TOY_CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "growing", "shrinking")
 TOY_FRAMES, TOY_SIZE, TOY_CLIPS = 12, 40, {"train": 4000, "val": 400}
@@ -576,21 +563,15 @@ def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
     root.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     temporary.chmod(0o755)                              # mkdtemp's folders are for their owner alone
+    for split in clips:
+        (temporary / split).mkdir()
     generator = torch.Generator().manual_seed(seed)
-    with tqdm(total=sum(clips.values()), desc="making the toy set", unit="video") as bar:
-        for split, total in clips.items():
-            (temporary / split).mkdir()
-            lines = []
-            for i in range(total):
-                motion = i % len(TOY_CLASSES)
-                name = f"{split}/{i:05d}.mp4"
-                write_video(temporary / name, toy_clip(motion, generator))
-                lines.append(f"{name} {motion}\n")
-                bar.update()
-            (temporary / f"{split}.txt").write_text("".join(lines))
-            if split == "train":
-                (temporary / "few.txt").write_text("".join(lines[:10 * len(TOY_CLASSES)]))
-    (temporary / "classes.txt").write_text("\n".join(TOY_CLASSES) + "\n")
+    lists = {split: [f"{split}/{i:05d}.mp4 {i % len(TOY_CLASSES)}" for i in range(total)] for split, total in clips.items()}
+    for line in tqdm(sum(lists.values(), []), desc="making the toy set", unit="video"):
+        name, motion = line.split()
+        write_video(temporary / name, toy_clip(int(motion), generator))
+    for name, lines in dict(lists, few=lists["train"][:10 * len(TOY_CLASSES)], classes=TOY_CLASSES).items():
+        (temporary / f"{name}.txt").write_text("\n".join(lines) + "\n")
     try:
         temporary.rename(root)
     except OSError:                                     # another run was faster: its set is the same
@@ -599,21 +580,19 @@ def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
             raise
 
 
-# ---------------------------------------------------------------------------------------------------
-# Commands: check and shrink
-
+# --- Commands: check and shrink -------------------------------------------------------------------
 
 def unreadable_reason(path):
     """None, or why some frame of the video does not decode."""
     try:
         with open_video(path) as (container, stream):
-            packets, count = list(container.demux(stream)), 0
-            for packet in packets:                      # the last one is empty: it drains the decoder
+            packets, count = [packet for packet in container.demux(stream) if packet.size], 0
+            for packet in [*packets, None]:             # None drains the decoder
                 for frame in stream.codec_context.decode(packet):
                     refuse_damaged(frame)
                     count += 1
-            packets = [packet for packet in packets if packet.size]
-            wanted = sum(not packet.is_discard for packet in packets) if timestamps_are_an_index(container, stream, packets) else 1
+            exact = timestamps_are_an_index(container, stream, packets)
+            wanted = sum(not packet.is_discard for packet in packets) if exact else 1
             if count < wanted:
                 raise ValueError(f"{wanted - count} of {wanted} frames do not decode")
     except UnreadableVideo as error:

@@ -38,9 +38,7 @@ ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio"
 NEW = ("fc_norm.", "head.")                             # of fine-tuning: belong to the classes of a data set
 
 
-# ---------------------------------------------------------------------------------------------------
-# Models
-
+# --- Models ---------------------------------------------------------------------------------------
 
 def encoder_arguments(model):
     """Encoder's arguments from config.yaml's section `model`."""
@@ -125,9 +123,7 @@ def build_model(config, classes):
     raise nearest(settings["probe"], ["none", "linear", "attentive"], "finetune.probe")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Weights to start from
-
+# --- Weights to start from ------------------------------------------------------------------------
 
 def load_weights(model, path, config):
     """Load a checkpoint of ours or VideoMAE's into a Classifier or a Probe; returns a sentence on what was
@@ -167,9 +163,7 @@ def load_weights(model, path, config):
     return f"{len(taken)} tensors of the encoder from {origin}; left behind: {left}; the rest is new", False
 
 
-# ---------------------------------------------------------------------------------------------------
-# Evaluation
-
+# --- Evaluation -----------------------------------------------------------------------------------
 
 def finetuned_classifier(checkpoint):
     """(model, class names) of a checkpoint of this file's: model(video [B, 3, T, H, W]) -> logits [B, classes]."""
@@ -252,18 +246,14 @@ def write_results(output, results, entries, classes, **about):
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------
-# Fine-tuning
-
+# --- Fine-tuning ----------------------------------------------------------------------------------
 
 def labelled_lists(config, process):
     """(training videos, validation videos, class names), every video with a label below the number of classes."""
     train, val, classes = read_lists(config, process)
-    for name, entries in (("data.train", train), ("data.val", val)):
-        if not entries:
-            raise SystemExit(f"{name} is empty: fine-tuning needs a training and a validation list")
-        if entries[0][1] is None:
-            raise SystemExit(f"{name}={config['data'][name[5:]]} has no labels: fine-tuning needs lines `path label`")
+    for name, entries in (("train", train), ("val", val)):
+        if not entries or entries[0][1] is None:
+            raise SystemExit(f"data.{name}={config['data'][name]} has no labels: fine-tuning needs lists of `path label`")
     classes = classes or [str(c) for c in range(max(label for _, label in train) + 1)]
     for path, label in train + val:
         if label >= len(classes):

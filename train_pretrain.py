@@ -40,9 +40,7 @@ CONFIG = Path(__file__).with_name("config.yaml")
 POSITIVE = ("epochs", "batch", "clips_per_video", "lr", "picture_epochs", "validate_epochs", "test_clips", "test_crops")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Configuration
-
+# --- Configuration --------------------------------------------------------------------------------
 
 class StrictLoader(yaml.SafeLoader):
     """YAML without code, in which a key that stands twice is an error instead of a silent choice."""
@@ -71,11 +69,11 @@ def nearest(name, known, what):
 
 
 def checked(value, default, name):
-    """`value` in the kind of `default`; SystemExit if it is of another."""
+    """`value` in the kind of `default`; SystemExit if it is of another, or negative, or zero where that makes no sense."""
     kind = type(default)
     if kind is float and type(value) in (int, str):     # YAML reads 1e-3, without a dot, as text
         with contextlib.suppress(ValueError):
-            return float(value)
+            value = float(value)
     if type(value) is not kind or kind is list and len(value) != len(default):
         wanted = f"a list of {len(default)}" if kind is list else f"of kind {kind.__name__}"
         raise SystemExit(f"{name} must be {wanted}, like {default!r}; found {value!r}")
@@ -145,11 +143,11 @@ def first_line(error):
 @contextlib.contextmanager
 def one_sentence(*kinds):
     """Turn errors that the user can mend, and those of `kinds`, into one sentence and exit status 1."""
+    starved = "If the system ended it for want of memory: set run.workers lower"
     try:
         yield
     except (EOFError, ConnectionError):                 # a worker died in the middle of sending a batch
-        raise SystemExit("a process that decodes has ended unexpectedly. If the system ended it for want of memory: "
-                         "set run.workers lower") from None
+        raise SystemExit(f"a process that decodes has ended unexpectedly. {starved}") from None
     except (data.UnreadableVideo, OSError, *kinds) as error:
         # A worker's error carries its traceback in the message; the last line says what happened
         raise SystemExit((str(error).strip() or repr(error)).splitlines()[-1].removeprefix("data.UnreadableVideo: ")) from None
@@ -158,28 +156,24 @@ def one_sentence(*kinds):
             raise SystemExit(f"out of memory ({first_line(error)}): set run.max_batch below the videos that a process takes "
                              "at once now, so that more is accumulated, or model.checkpointing=true") from None
         if "DataLoader worker" in str(error):
-            raise SystemExit(f"{first_line(error)} If the system ended it for want of memory: "
-                             "set run.workers lower") from None
+            raise SystemExit(f"{first_line(error)} {starved}") from None
         if "closed by peer" in str(error) or "reset by peer" in str(error):
             raise SystemExit("another process of this run has ended; its message says why") from None
         raise
 
 
-# ---------------------------------------------------------------------------------------------------
-# Processes, precision, batch
-
+# --- Processes, precision, batch ------------------------------------------------------------------
 
 Process = namedtuple("Process", "rank world device")
 
 
 def start_process(run):
     """This process's rank, the number of processes, and its device; joins the others under torchrun."""
-    name = run["device"]
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps"):
-        raise nearest(name, ["auto", "cpu", "cuda", "mps"], "run.device")
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(filter(present.get, present)) if run["device"] == "auto" else run["device"]
+    if name not in present:
+        raise nearest(name, ["auto", *present], "run.device")
+    if not present[name]:
         raise SystemExit(f"run.device is {name}, but this machine has none; use run.device=auto")
     device = torch.device(name)
     if name == "cuda":
@@ -224,9 +218,7 @@ def split_batch(batch, process, limit, videos, name):
     return at_once, share // at_once
 
 
-# ---------------------------------------------------------------------------------------------------
-# Optimisation
-
+# --- Optimisation ---------------------------------------------------------------------------------
 
 def learning_rate(step, steps, warmup, peak, floor):
     """Linear from 0 to `peak` over `warmup` steps, then a cosine that reaches `floor` after the last step."""
@@ -257,9 +249,7 @@ def over_processes(process, *values):
     return numbers.tolist()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Stopping, checkpoints, log
-
+# --- Stopping, checkpoints, log -------------------------------------------------------------------
 
 def give_up(process, message):
     """End a run for a reason that all processes share; the first one says it."""
@@ -334,20 +324,16 @@ def check_same_training(config, checkpoint, output, stage, videos, model_class):
     than by more epochs."""
     if checkpoint.get("stage") != stage:
         raise SystemExit(f"{output} holds a run of train_{checkpoint.get('stage')}.py: choose another run.output")
-    saved = checkpoint["config"]
     free = {"data.root", "data.train", "data.val", "data.max_unreadable", "model.checkpointing", "pretrain.picture_epochs",
             "pretrain.keep_epochs", "finetune.validate_epochs", "finetune.test_clips", "finetune.test_crops",
             "finetune.test_only", f"{stage}.epochs"}
-    differences = []
-    for section in ("data", "model", stage, "run"):
-        for key, value in config[section].items():
-            name, before = f"{section}.{key}", saved[section].get(key, value)       # a key may be newer than the run
-            if value != before and name not in free and (section != "run" or key == "seed"):
-                differences.append(f"{name} is {value!r}, was {before!r}")
-    if videos != checkpoint["videos"]:
-        differences.append(f"data.train has {videos} videos, had {checkpoint['videos']}")
-    if model_class != checkpoint.get("model_class", model_class):       # a fork may differ in nothing else
-        differences.append(f"the model is {model_class}, was {checkpoint['model_class']}")
+    both = {f"{section}.{key}": (value, checkpoint["config"][section].get(key, value))     # a key may be newer than the run
+            for section in ("data", "model", stage) for key, value in config[section].items()}
+    both["run.seed"] = config["run"]["seed"], checkpoint["config"]["run"]["seed"]
+    both["the number of videos in data.train"] = videos, checkpoint["videos"]
+    both["the model's class"] = model_class, checkpoint["model_class"]      # a fork may differ in nothing else
+    differences = [f"{name} is {now!r}, was {before!r}" for name, (now, before) in both.items()
+                   if now != before and name not in free]
     if differences:
         raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differences)}. "
                          "Restore these values or choose another run.output")
@@ -385,9 +371,7 @@ class Log:
                 self.board.add_scalar(name, value, step)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Pictures
-
+# --- Pictures -------------------------------------------------------------------------------------
 
 def colour_of(place, places):
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(0.8 * place / places, 0.55, 0.85))
@@ -423,9 +407,7 @@ def draw_picture(model, video, order, visible):
     return picture
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training
-
+# --- Training -------------------------------------------------------------------------------------
 
 def read_lists(config, process):
     """(training videos, validation videos, class names) of data.train and data.val; makes the toy set if asked to."""
