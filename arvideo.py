@@ -4,7 +4,7 @@ ARVideo: autoregressive video pretraining (Ren et al. 2024, arXiv 2405.15160), s
 A video is cut into cubes of pixels; each cube is a token (3.3.1). Neighbouring tokens form clusters, the
 elements of the autoregression. The clusters are put into an order, by default a random one for every
 sample (3.3.2). A fifth of the tokens of every cluster but the last enters an encoder, where a token
-attends to its own cluster and to those before it; a decoder predicts every cluster but the first, all its
+attends to those of its own cluster and of those before it; a decoder predicts every cluster but the first, all its
 tokens, from the encoder's output for the clusters before it, for all places of the order in one pass (3.3.3).
 The loss is the mean squared error of the pixels, each cube normalised by its own mean and deviation (4.1).
 
@@ -28,7 +28,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 ORDERS = ("random", "spatial-first", "temporal-first")
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -195,7 +195,7 @@ def initialise(module):
 def run_block(block, *inputs, checkpointing):
     """block(*inputs); with checkpointing its activations are computed again in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
+        return recompute(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
 
@@ -239,7 +239,7 @@ class Encoder(nn.Module):
 
     def features(self, video):
         """All tokens of a whole video, for transfer: [B, 3, T, H, W] -> [B, N, D]."""
-        return Encoder.forward(self, video_to_cubes(video, self.cube))      # Classifier's own forward takes videos
+        return Encoder.forward(self, video_to_cubes(video, self.cube))      # a classifier's own forward takes videos
 
 
 class DecoderBlock(nn.Module):
@@ -277,7 +277,8 @@ class Decoder(nn.Module):
         self.apply(initialise)
 
     def forward(self, memory, index, mask, cluster_size):
-        """memory [B, S, d], index [B, Q] of the tokens to predict, mask [Q, S] -> [B, Q, 3 P]."""
+        """memory [B, S, d], index [B, Q] of the tokens to predict, mask [Q, S] -> [B, Q, 3 P]. Only self-attention
+        needs `cluster_size`."""
         x = self.query + self.positions[index]
         for block in self.blocks:
             x = run_block(block, x, memory, mask, cluster_size, checkpointing=self.checkpointing)
@@ -310,8 +311,8 @@ class ARVideo(nn.Module):
                 raise ValueError(f"{name} {h} does not divide the width {w}")
         self.encoder = Encoder(frames, size, cube, width, depth, heads, mlp_ratio, positions, checkpointing)
         self.grid, self.cube, self.order = self.encoder.grid, self.encoder.cube, order
-        self.blocks = blocks_per_axis(self.grid, cluster, "cluster")
-        M, K = math.prod(self.blocks), math.prod(cluster)
+        self.cluster_grid = blocks_per_axis(self.grid, cluster, "cluster")
+        M, K = math.prod(self.cluster_grid), math.prod(cluster)
         if not 1 <= predict_after < M:
             raise ValueError(f"predict_after {predict_after} is out of range: 1 to {M - 1} of {M} clusters can be seen first")
         if normalise_target and math.prod(cube) == 1:
@@ -324,16 +325,16 @@ class ARVideo(nn.Module):
                                decoder_self_attention, 3 * math.prod(cube), checkpointing)
         self.encoder_to_decoder.apply(initialise)
 
-        # Tokens are lined up by place in the order, so one mask serves every sample, whatever its order.
         self.register_buffer("clusters", cluster_tokens(self.grid, cluster), persistent=False)
+        # Tokens are lined up by place in the order, so the same two masks serve every sample, whatever its order.
         seen_place = torch.arange(M - 1).repeat_interleave(self.visible_count)              # [S]
         target_place = torch.arange(predict_after, M).repeat_interleave(K)                  # [Q]
         self.register_buffer("encoder_mask", seen_place[:, None] >= seen_place, persistent=False)
         self.register_buffer("decoder_mask", target_place[:, None] > seen_place, persistent=False)
 
     def draw(self, batch, generator=None):
-        """A prediction order [B, M] and visible tokens [B, M, V] (one row for every cluster) for each sample."""
-        order = prediction_orders(self.order, self.blocks, batch, generator, self.clusters.device)
+        """A prediction order [B, M] and visible tokens [B, M, V] (row c: of cluster c) for each sample."""
+        order = prediction_orders(self.order, self.cluster_grid, batch, generator, self.clusters.device)
         return order, visible_tokens(self.clusters, self.visible_count, batch, generator)
 
     def line_up(self, order, visible):
@@ -343,21 +344,22 @@ class ARVideo(nn.Module):
         return seen.flatten(1), target.flatten(1)
 
     def predict(self, cubes, seen, target):
-        """Predictions [B, Q, 3, P] of the cubes `target` from the cubes `seen`, all places at once."""
+        """Predictions [B, Q, 3, P], normalised, of the tokens `target` from the tokens `seen`, all places at once."""
         memory = self.encoder(take(cubes, seen), seen, self.encoder_mask)                   # [B, S, D]
         memory = self.encoder_to_decoder(memory)                                            # [B, S, d]
         prediction = self.decoder(memory, target, self.decoder_mask, self.cluster_size)     # [B, Q, 3 P]
-        return prediction.unflatten(2, (3, -1))                                             # [B, Q, 3, P]
+        return prediction.unflatten(2, (3, -1))
 
     def statistics(self, cubes):
-        """What normalises the target: each cube's mean and standard deviation [..., 1] for each colour, or 0 and 1."""
+        """What normalises the target: each cube's mean and standard deviation [..., 1] for each colour; without
+        normalise_target 0 and 1."""
         if not self.normalise_target:
             return 0.0, 1.0
         deviation, mean = torch.std_mean(cubes, dim=-1, keepdim=True)
         return mean, deviation + 1e-6                   # a flat cube must not divide by zero
 
     def truth(self, video, cubes):
-        """What every token's prediction is measured by, [B, N, 3, P]: the cubes [B, N, 3, P] of the video themselves."""
+        """What the predictions are compared with, [B, N, 3, P]: the cubes [B, N, 3, P] of the video themselves."""
         return cubes
 
     def forward(self, video, order, visible):
@@ -379,10 +381,10 @@ class ARVideo(nn.Module):
         seen, target = self.line_up(order, visible)
         mean, deviation = self.statistics(take(self.truth(video, cubes), target))
         prediction = self.predict(cubes, seen, target).float() * deviation + mean
-        rows = torch.arange(len(cubes), device=cubes.device)[:, None]
+        sample = torch.arange(len(cubes), device=cubes.device)[:, None]
         pictures = torch.zeros_like(cubes), torch.zeros_like(cubes)
-        pictures[0][rows, seen] = take(cubes, seen)
-        pictures[1][rows, target] = prediction
+        pictures[0][sample, seen] = take(cubes, seen)
+        pictures[1][sample, target] = prediction
         return [cubes_to_video(picture, self.grid, self.cube) for picture in pictures]
 
 
@@ -394,5 +396,5 @@ def pretrained_encoder(checkpoint):
     """
     encoder = ARVideo(**checkpoint["config"]["model"]).encoder
     encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in checkpoint["model"].items()
-                             if name.startswith("encoder.")})
+                             if name.startswith("encoder.")})       # with the dot: encoder_to_decoder stays behind
     return encoder.eval()

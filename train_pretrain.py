@@ -383,8 +383,8 @@ def draw_picture(model, video, order, visible):
     video [B, 3, T, H, W], normalised; order and visible as model.draw gives them. A cluster's colour and number are
     its place in the prediction order.
     """
-    B, size, (kt, kh, kw) = len(video), video.shape[-1], (a // b for a, b in zip(model.grid, model.blocks))
-    scale, M, corners = max(1, 128 // size), len(model.clusters), list(itertools.product(*map(range, model.blocks)))
+    B, size, (kt, kh, kw) = len(video), video.shape[-1], (a // b for a, b in zip(model.grid, model.cluster_grid))
+    scale, M, corners = max(1, 128 // size), len(model.clusters), list(itertools.product(*map(range, model.cluster_grid)))
     rows = torch.stack([video, *model.reconstruct(video, order, visible)], 1)[:, :, :, ::model.cube[0]].cpu()
     pixels = ((rows * data.IMAGENET_STD + data.IMAGENET_MEAN).clamp(0, 1) * 255).byte()
     pixels = pixels.permute(0, 1, 3, 4, 5, 2).contiguous()                                      # [B, 3 rows, t, H, W, 3]
