@@ -23,6 +23,7 @@ Run by `python train_pretrain.py`; this file needs torch and nothing else.
 """
 
 import math
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -112,12 +113,11 @@ def sine_cosine(positions, width):
 def position_table(grid, width, kind):
     """Fixed positions [N, width]. "1d" (VideoMAE's) counts tokens in raster order; "3d" gives time,
     height and width a third of the channels each (what is left over stays zero)."""
-    N = math.prod(grid)
+    tokens = torch.arange(math.prod(grid))
     if kind == "1d":
-        return sine_cosine(torch.arange(N), width)
-    axes = torch.cartesian_prod(*(torch.arange(size) for size in grid)).reshape(N, 3)
+        return sine_cosine(tokens, width)
     third = width // 6 * 2                              # even: every sine has its cosine
-    table = torch.cat([sine_cosine(axis, third) for axis in axes.T], dim=1)
+    table = torch.cat([sine_cosine(axis, third) for axis in torch.unravel_index(tokens, grid)], dim=1)
     return F.pad(table, (0, width - 3 * third))
 
 
@@ -172,14 +172,9 @@ class CrossAttention(nn.Module):
         return self.proj(attend(self.q(x), self.k(memory), self.v(memory), self.heads, mask))
 
 
-class Mlp(nn.Module):
-    def __init__(self, width, ratio):
-        super().__init__()
-        self.fc1 = nn.Linear(width, int(width * ratio))
-        self.fc2 = nn.Linear(int(width * ratio), width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+def mlp(width, ratio):
+    hidden = int(width * ratio)
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width)))
 
 
 def initialise(module):
@@ -194,9 +189,7 @@ def initialise(module):
 
 def run_block(block, *inputs, checkpointing):
     """block(*inputs); with checkpointing its activations are computed again in the backward pass."""
-    if checkpointing and torch.is_grad_enabled():
-        return recompute(block, *inputs, use_reentrant=False)
-    return block(*inputs)
+    return recompute(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
 
 
 class EncoderBlock(nn.Module):
@@ -205,7 +198,7 @@ class EncoderBlock(nn.Module):
         self.norm1 = LayerNorm(width)
         self.attn = SelfAttention(width, heads)
         self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, mlp_ratio)
+        self.mlp = mlp(width, mlp_ratio)
         self.drop_path = nn.Identity()                  # fine-tuning puts its stochastic depth here
 
     def forward(self, x, mask=None):
@@ -253,7 +246,7 @@ class DecoderBlock(nn.Module):
         self.norm1 = LayerNorm(width)
         self.cross_attn = CrossAttention(width, heads)
         self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, mlp_ratio)
+        self.mlp = mlp(width, mlp_ratio)
 
     def forward(self, x, memory, mask, cluster_size):
         if hasattr(self, "self_attn"):
@@ -300,12 +293,11 @@ class ARVideo(nn.Module):
                  decoder_heads=8, decoder_self_attention=False, normalise_target=True, positions="1d",
                  checkpointing=False):
         super().__init__()
-        if order not in ORDERS:
-            raise ValueError(f"order '{order}' is unknown: choose one of {', '.join(ORDERS)}")
+        for name, kind, known in (("order", order, ORDERS), ("positions", positions, ("1d", "3d"))):
+            if kind not in known:
+                raise ValueError(f"{name} '{kind}' is unknown: choose one of {', '.join(known)}")
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} is out of range: it is the share of hidden tokens, from 0 to below 1")
-        if positions not in ("1d", "3d"):
-            raise ValueError(f"positions '{positions}' is unknown: choose 1d or 3d")
         for name, w, h in (("heads", width, heads), ("decoder_heads", decoder_width, decoder_heads)):
             if h < 1 or w < 1 or w % h:
                 raise ValueError(f"{name} {h} does not divide the width {w}")
@@ -381,10 +373,8 @@ class ARVideo(nn.Module):
         seen, target = self.line_up(order, visible)
         mean, deviation = self.statistics(take(self.truth(video, cubes), target))
         prediction = self.predict(cubes, seen, target).float() * deviation + mean
-        sample = torch.arange(len(cubes), device=cubes.device)[:, None]
-        pictures = torch.zeros_like(cubes), torch.zeros_like(cubes)
-        pictures[0][sample, seen] = take(cubes, seen)
-        pictures[1][sample, target] = prediction
+        sample, empty = torch.arange(len(cubes), device=cubes.device)[:, None], torch.zeros_like(cubes)
+        pictures = empty.index_put((sample, seen), take(cubes, seen)), empty.index_put((sample, target), prediction)
         return [cubes_to_video(picture, self.grid, self.cube) for picture in pictures]
 
 

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial, reduce
 from pathlib import Path
@@ -58,11 +58,9 @@ def read_annotations(source, root="", classes=None, quiet=False):
         text = source.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{source}: this is not a text file; expected a CSV, a JSON or a list of videos") from None
-    if not text.strip():
-        raise ValueError(f"{source}: the annotation file is empty")
     if not root.is_dir():
         raise ValueError(f"{root}: there is no such folder of videos (data.root)")
-    first = text.lstrip().splitlines()[0]
+    first = text.lstrip().partition("\n")[0]
     if first.startswith("[") and first[1:].lstrip()[:1] in ("", "{", "]"):      # and not a video named [1].mp4
         entries, classes = read_ssv2(source, text, classes)
     elif "youtube_id" in first:
@@ -77,7 +75,7 @@ def read_annotations(source, root="", classes=None, quiet=False):
 def existing(source, root, entries, quiet):
     """The (path, label) of the (path or None, name, label) whose file is there; the others are reported."""
     if not entries:
-        raise ValueError(f"{source}: it lists no videos")
+        raise ValueError(f"{source}: the annotation file is empty: it lists no videos")
     missing = [name for path, name, _ in entries if path is None]
     if len(missing) == len(entries):
         raise ValueError(f"{source}: none of its {len(entries)} videos is under {root} (first: {missing[0]}); "
@@ -96,8 +94,7 @@ def read_folder(source, classes):
     entries = [(str(path), path.relative_to(source).parts[0]) for path in videos if path.parent != source]
     if not entries:
         return [(str(path), None) for path in videos], None
-    classes = classes or sorted({name for _, name in entries})
-    return number(source, entries, classes), classes
+    return number(source, entries, classes)
 
 
 def read_kinetics(source, text, classes):
@@ -114,8 +111,7 @@ def read_kinetics(source, text, classes):
         except (TypeError, ValueError):
             raise ValueError(f"{source}:{rows.line_num}: the times are not numbers: {dict(row)}") from None
         entries.append((stem, row["label"]))
-    classes = classes or sorted({label for _, label in entries})
-    return number(source, entries, classes), classes
+    return number(source, entries, classes)
 
 
 def read_ssv2(source, text, classes):
@@ -131,16 +127,17 @@ def read_ssv2(source, text, classes):
             raise ValueError(f"{source}: Something-Something's labels.json is not beside it")
         numbers = json.loads(names[0].read_text(encoding="utf-8"))
         classes = sorted(numbers, key=lambda name: int(numbers[name]))
-    return number(source, entries, classes), classes
+    return number(source, entries, classes)
 
 
 def number(source, entries, classes):
-    """[(video, class name), ...] -> [(video, class number), ...]"""
+    """[(video, class name), ...] -> ([(video, class number), ...], class names); without `classes` in alphabetical order."""
+    classes = classes or sorted({label for _, label in entries})
     numbers = {name: i for i, name in enumerate(classes)}
     unknown = sorted({label for _, label in entries} - set(numbers))
     if unknown:
         raise ValueError(f"{source}: the class '{unknown[0]}' is not among the {len(classes)} known ones")
-    return [(stem, numbers[label]) for stem, label in entries]
+    return [(video, numbers[label]) for video, label in entries], classes
 
 
 def find(name, folders):
@@ -220,13 +217,10 @@ def read_clips(path, choose):
 def read_packets(container, stream):
     """The stream's packets, up to a break. Reading them is cheap, and they are an index that no header falsifies."""
     packets = []
-    try:
+    with contextlib.suppress(av.error.FFmpegError):     # what was read before a file breaks off is good
         for packet in container.demux(stream):
             if packet.size and not packet.is_corrupt:
                 packets.append(packet)
-    except av.error.FFmpegError:
-        if not packets:                                 # what was read before a file breaks off is good
-            raise
     if all(packet.is_discard for packet in packets):
         raise ValueError("it holds no video frames")
     return packets
@@ -244,20 +238,19 @@ def decode_indexed(codec, packets, wanted):
     """{pts: frame} for the wanted timestamps, from the key frame before each of them."""
     place = {packet.pts: i for i, packet in enumerate(packets)}
     keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
-    runs = []                                           # [first, last] packet, in decoding order, without overlap
-    for start, end in sorted((max((key for key in keys if key <= place[pts] and packets[key].pts <= pts), default=0),
-                              place[pts]) for pts in wanted):    # by the key's pts: open groups of pictures
-        if runs and start <= runs[-1][1] + 1:
-            runs[-1][1] = max(runs[-1][1], end)
-        else:
-            runs.append([start, end])
+    needed = set()                                      # numbers of packets
+    for pts in wanted:                                  # by the key's pts: open groups of pictures
+        start = max((key for key in keys if key <= place[pts] and packets[key].pts <= pts), default=0)
+        needed.update(range(start, place[pts] + 1))
     frames = {}
-    for start, end in runs:
-        for packet in [*packets[start:end + 1], None]:  # None drains the decoder
-            if codec.name == "h264" and packet is not None:     # bit-exact: skips only what nothing refers to
-                codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+    for i in sorted(needed):
+        if codec.name == "h264":                        # bit-exact: skips only what nothing refers to
+            codec.skip_frame = "DEFAULT" if packets[i].pts in wanted else "NONREF"
+        gap = i + 1 not in needed                       # before it, None drains the decoder
+        for packet in (packets[i], None) if gap else (packets[i],):
             frames.update((frame.pts, to_rgb(frame)) for frame in codec.decode(packet) if frame.pts in wanted)
-        codec.flush_buffers()
+        if gap:
+            codec.flush_buffers()
     if len(frames) < len(wanted):
         raise ValueError(f"{len(wanted) - len(frames)} of {len(wanted)} frames do not decode")
     return frames
@@ -317,10 +310,9 @@ def multi_scale_crop(clip, size):
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
     quarters = [(x, y) for x in (0, 2, 4) for y in (0, 2, 4)] + [(1, 1), (3, 1), (1, 3), (3, 3)]     # of the margin
-    scale_h, scale_w = pairs[torch.randint(len(pairs), ()).item()]
-    x, y = quarters[torch.randint(len(quarters), ()).item()]
     H, W = clip.shape[-2:]
-    height, width = (max(1, int(min(H, W) * scale)) for scale in (scale_h, scale_w))
+    height, width = (max(1, int(min(H, W) * scale)) for scale in pairs[torch.randint(len(pairs), ()).item()])
+    x, y = quarters[torch.randint(len(quarters), ()).item()]
     top, left = (H - height) // 4 * y, (W - width) // 4 * x
     return tv.resized_crop(clip, top, left, height, width, [size, size], antialias=True)
 
@@ -352,10 +344,8 @@ def segment_views(count, frames, clips):
 
 def spatial_views(clip, size, crops):
     """[T, 3, H, W] -> [crops, T, 3, size, size]: short side to `size`, crops from end to end of the long side."""
+    clip = tv.resize(clip, [size], antialias=True)
     H, W = clip.shape[-2:]
-    scale = size / min(H, W)
-    H, W = (max(size, round(side * scale)) for side in (H, W))
-    clip = tv.resize(clip, [H, W], antialias=True)
     places = [k / (crops - 1) for k in range(crops)] if crops > 1 else [0.5]
     return torch.stack([clip[..., int((H - size) * p):, int((W - size) * p):][..., :size, :size] for p in places])
 
@@ -378,22 +368,19 @@ def rand_augment(clip, operations, magnitude):
                        interpolation=tv.InterpolationMode.BILINEAR, center=[0, 0])
         shear = math.degrees(math.atan(0.3 * level * sign))
         clip = (
-            lambda: tv.autocontrast(clip),
-            lambda: tv.equalize(clip),
-            lambda: tv.invert(clip),
-            lambda: tv.rotate(clip, 30 * level * sign, tv.InterpolationMode.BILINEAR, fill=[128.0] * 3),
-            lambda: tv.posterize(clip, 4 - int(4 * level)),
-            lambda: tv.solarize(clip, min(256 - int(256 * level), 255)),
-            lambda: torch.where(clip < 128, (clip.int() + int(110 * level)).clamp(max=255).byte(), clip),   # SolarizeAdd
-            lambda: tv.adjust_saturation(clip, enhance),
-            lambda: tv.adjust_contrast(clip, enhance),
-            lambda: tv.adjust_brightness(clip, enhance),
-            lambda: tv.adjust_sharpness(clip, enhance),
-            lambda: warp(clip, shear=[shear, 0.0]),
-            lambda: warp(clip, shear=[0.0, shear]),
-            lambda: warp(clip, translate=[0.45 * level * sign * W, 0]),
-            lambda: warp(clip, translate=[0, 0.45 * level * sign * H]),
-        )[which]()
+            tv.autocontrast, tv.equalize, tv.invert,
+            partial(tv.rotate, angle=30 * level * sign, interpolation=tv.InterpolationMode.BILINEAR, fill=[128.0] * 3),
+            partial(tv.posterize, bits=4 - int(4 * level)),
+            partial(tv.solarize, threshold=min(256 - int(256 * level), 255)),
+            lambda x: torch.where(x < 128, (x.int() + int(110 * level)).clamp(max=255).byte(), x),      # SolarizeAdd
+            partial(tv.adjust_saturation, saturation_factor=enhance),
+            partial(tv.adjust_contrast, contrast_factor=enhance),
+            partial(tv.adjust_brightness, brightness_factor=enhance),
+            partial(tv.adjust_sharpness, sharpness_factor=enhance),
+            partial(warp, shear=[shear, 0.0]), partial(warp, shear=[0.0, shear]),
+            partial(warp, translate=[0.45 * level * sign * W, 0]),
+            partial(warp, translate=[0, 0.45 * level * sign * H]),
+        )[which](clip)
     return clip
 
 
@@ -450,25 +437,23 @@ class Videos(Dataset):
         failures = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, epoch, i))
-            for _ in range(self.DRAWS):
+            while len(failures) < self.DRAWS:
                 path, label = self.entries[i]
                 try:
                     clips = read_clips(path, self.choose)       # R x [T, H, W, 3]
+                    # Cropped as a permuted view: torchvision is three times faster on channels that lie together.
+                    clips = torch.stack([self.augment(clip.permute(0, 3, 1, 2)).transpose(0, 1) for clip in clips])
+                    return clips, -1 if label is None else label, failures
                 except UnreadableVideo as error:
                     failures.append(str(error))
                     i = torch.randint(len(self.entries), ()).item()
-                    continue
-                # Cropped as a permuted view: torchvision is three times faster on channels that lie together.
-                clips = torch.stack([self.augment(clip.permute(0, 3, 1, 2)).transpose(0, 1) for clip in clips])
-                return clips, -1 if label is None else label, failures
         raise UnreadableVideo(f"{self.DRAWS} videos in a row are unreadable; the last: {failures[-1]}")
 
 
 def collate(items):
     """Samples -> (clips [B R, 3, T, S, S], labels [B R], reasons of unreadable videos)."""
     clips, labels, failures = zip(*items)
-    repeats = len(clips[0])
-    return torch.cat(clips), torch.tensor(labels).repeat_interleave(repeats), sum(failures, [])
+    return torch.cat(clips), torch.tensor(labels).repeat_interleave(len(clips[0])), sum(failures, [])
 
 
 class Views(Dataset):
@@ -497,12 +482,11 @@ def training_order(size, batch, first, steps, seed, rank, world):
     it, and process `rank` of `world` every world-th of those: how many processes there are changes who
     reads a sample, never which samples make up a step. What does not fill a batch is left out.
     """
-    permuted = None
     for step in range(first, steps):
         epoch, place = divmod(step, size // batch)
-        if permuted != epoch:
+        if step == first or place == 0:
             generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-            order, permuted = torch.randperm(size, generator=generator).tolist(), epoch
+            order = torch.randperm(size, generator=generator).tolist()
         yield from ((epoch, i) for i in order[place * batch + rank:(place + 1) * batch:world])
 
 
@@ -527,10 +511,8 @@ def toy_clip(motion, generator):
     angle = 2 * math.pi * turn - 0.10 * moved * (motion in (4, 5))                  # radians
     zoom = 0.9 * (zoom - 0.5) + 0.04 * moved * (motion in (6, 7))                   # logarithm
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    shift = torch.zeros(TOY_FRAMES, 2, 1)
-    if motion < 4:
-        shift[:, motion // 2, 0] = moved * 2 / 128                                  # a pixel a step; the texture spans -1 to 1
-    place = rotation @ shift + (torch.tensor([[x], [y]]) - 0.5) * 0.4
+    shift = torch.stack([moved * (motion in (0, 1)), moved * (motion in (2, 3))], 1).unsqueeze(2)       # pixels
+    place = rotation @ (shift * 2 / 128) + (torch.tensor([[x], [y]]) - 0.5) * 0.4
     window = torch.cat([rotation * torch.exp(-zoom).view(-1, 1, 1) * TOY_SIZE / 128, place], 2)                  # [T, 2, 3]
     window = F.affine_grid(window, (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE), align_corners=False)
     frames = F.grid_sample(texture.expand(TOY_FRAMES, 3, -1, -1), window, padding_mode="reflection", align_corners=False)
@@ -552,19 +534,14 @@ def write_video(path, frames):
 
 
 def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
-    """Write the toy set below the folder `root` unless it is there: train.txt, few.txt (ten of train's videos for
-    each class), val.txt, classes.txt, videos.
-
-    It appears complete or not at all: it is written under another name and renamed.
-    """
+    """Write the toy set below the folder `root` unless it is there, complete or not at all: train.txt, few.txt (ten of
+    train's videos for each class), val.txt, classes.txt, videos."""
     root = Path(root).expanduser()
     if root.exists():
         return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    temporary.chmod(0o755)                              # mkdtemp's folders are for their owner alone
+    temporary = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
     for split in clips:
-        (temporary / split).mkdir()
+        (temporary / split).mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     lists = {split: [f"{split}/{i:05d}.mp4 {i % len(TOY_CLASSES)}" for i in range(total)] for split, total in clips.items()}
     for line in tqdm(sum(lists.values(), []), desc="making the toy set", unit="video"):
@@ -603,8 +580,7 @@ def failures(function, jobs, workers):
     """The reasons that function(job) returns for jobs that failed; with several processes and a progress bar. Raises
     BrokenExecutor if one of them is killed."""
     with ProcessPoolExecutor(workers) as pool:
-        reasons = pool.map(function, jobs, chunksize=4)
-        return sorted(filter(None, tqdm(reasons, total=len(jobs), unit="video")))
+        return sorted(filter(None, tqdm(pool.map(function, jobs, chunksize=4), total=len(jobs), unit="video")))
 
 
 def shrink_video(job, short_side, key_frames):
@@ -613,6 +589,7 @@ def shrink_video(job, short_side, key_frames):
     Frames and their times stay; a rotation in the header is carried out. Returns None or why it failed.
     """
     source, target = job
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode", "x264-params": "b-pyramid=none"}
     try:
@@ -620,11 +597,10 @@ def shrink_video(job, short_side, key_frames):
             output, last = None, None
             for frame in container.decode(stream):
                 refuse_damaged(frame)
+                pts = frame.pts if frame.pts is not None and (last is None or frame.pts > last) else (last or 0) + 1
                 if frame.rotation:
                     upright = assemble([[0]], {0: to_rgb(frame)})[0][0].contiguous()
-                    turned = av.VideoFrame.from_ndarray(upright.numpy(), format="rgb24")
-                    turned.pts, turned.time_base = frame.pts, frame.time_base
-                    frame = turned
+                    frame = av.VideoFrame.from_ndarray(upright.numpy(), format="rgb24")
                 if output is None:
                     output = writer.add_stream("libx264", rate=stream.average_rate or 25, options=options)
                     output.codec_context.time_base = stream.time_base
@@ -633,7 +609,6 @@ def shrink_video(job, short_side, key_frames):
                     output.width, output.height = (max(2, round(side * scale / 2) * 2)
                                                    for side in (frame.width, frame.height))
                     output.pix_fmt = "yuv420p"
-                pts = frame.pts if frame.pts is not None and (last is None or frame.pts > last) else (last or 0) + 1
                 frame = REFORMATTER.reformat(frame, output.width, output.height, "yuv420p", threads=1)
                 frame.pts, frame.time_base, frame.pict_type, last = pts, stream.time_base, 0, pts
                 writer.mux(output.encode(frame))
@@ -660,8 +635,6 @@ def shrink(source, target, short_side, key_frames, workers):
             jobs[goal] = path
     if not jobs:
         raise ValueError(f"{source}: there are no videos below this folder")
-    for folder in {goal.parent for goal in jobs}:
-        folder.mkdir(parents=True, exist_ok=True)
     todo = [(path, goal) for goal, path in jobs.items() if not goal.exists()]
     print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done already")
     return failures(partial(shrink_video, short_side=short_side, key_frames=key_frames), todo, workers)
@@ -689,9 +662,7 @@ def main():
             train, val, _ = train_pretrain.read_lists(config, train_pretrain.Process(0, 1, torch.device("cpu")))
             paths = list(dict.fromkeys(path for path, _ in train + val))    # a list may name a video twice
             reasons = failures(unreadable_reason, paths, max(1, config["run"]["workers"]))
-    for reason in reasons:
-        print(reason)
-    print(f"{len(reasons)} unreadable")
+    print(*reasons, f"{len(reasons)} unreadable", sep="\n")
     raise SystemExit(1 if reasons else 0)
 
 

@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 import data
 from arvideo import DecoderBlock, Encoder, LayerNorm, initialise
-from train_pretrain import (adamw, fit, give_up, ignore_signals, load_checkpoint, load_config, mixed_precision, nearest,
+from train_pretrain import (adamw, fit, give_up, ignore_signals, load_checkpoint, load_config, mixed_precision,
                             one_sentence, read_lists, save_checkpoint, start_process, start_workers)
 
 # The keys of section `model` that change the encoder's weights or what they mean
 ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
 NEW = ("fc_norm.", "head.")                             # of fine-tuning: belong to the classes of a data set
+torch.serialization.add_safe_globals([argparse.Namespace])      # VideoMAE's files hold one beside the weights
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -91,8 +92,7 @@ class Probe(nn.Module):
             tokens = self.encoder.features(video)                                   # [B, N, D]
         if not self.attentive:
             return self.head(self.norm(tokens.mean(1)))
-        query = self.query.expand(len(tokens), -1, -1)                              # [B, 1, D]
-        return self.head(self.pool(query, self.norm(tokens), None, 1).squeeze(1))
+        return self.head(self.pool(self.query.expand(len(tokens), -1, -1), self.norm(tokens), None, 1).squeeze(1))
 
 
 def mix_videos(clips, labels, mixes, repeats):
@@ -118,9 +118,7 @@ def build_model(config, classes):
     settings, encoder = config["finetune"], encoder_arguments(config["model"])
     if settings["probe"] == "none":
         return Classifier(classes, settings["drop_path"], settings["head_dropout"], **encoder)
-    if settings["probe"] in ("linear", "attentive"):
-        return Probe(classes, settings["probe"] == "attentive", **encoder)
-    raise nearest(settings["probe"], ["none", "linear", "attentive"], "finetune.probe")
+    return Probe(classes, settings["probe"] == "attentive", **encoder)
 
 
 # --- Weights to start from ------------------------------------------------------------------------
@@ -132,7 +130,7 @@ def load_weights(model, path, config):
     Strict: only the head and its norm may be new, and of the encoder only its final norm may be left behind. SystemExit
     lists what is missing, unexpected or of another shape, and says which size differs where the file tells.
     """
-    content = load_checkpoint(path, allowed=[argparse.Namespace])       # VideoMAE's files hold one beside the weights
+    content = load_checkpoint(path)
     state = content.get("model", content.get("module")) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise SystemExit(f"{path}: there are no weights under the key `model`")
@@ -174,12 +172,10 @@ def finetuned_classifier(checkpoint):
 
 def sampler(config, dense, segments, clips):
     """The function that chooses frame numbers: `dense` or `segments`, as finetune.sampling says, for `clips` clips."""
-    frames, sampling = config["model"]["frames"], config["finetune"]["sampling"]
-    if sampling == "dense":
+    frames = config["model"]["frames"]
+    if config["finetune"]["sampling"] == "dense":
         return partial(dense, frames=frames, stride=config["data"]["stride"], clips=clips)
-    if sampling == "segments":
-        return partial(segments, frames=frames, clips=clips)
-    raise nearest(sampling, ["dense", "segments"], "finetune.sampling")
+    return partial(segments, frames=frames, clips=clips)
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ from arvideo import ARVideo
 
 CONFIG = Path(__file__).with_name("config.yaml")
 POSITIVE = ("epochs", "batch", "clips_per_video", "lr", "picture_epochs", "validate_epochs", "test_clips", "test_crops")
+CHOICES = {"run.device": ["auto", "cuda", "mps", "cpu"], "run.precision": ["auto", "bf16", "fp16", "fp32"],
+           "finetune.probe": ["none", "linear", "attentive"], "finetune.sampling": ["dense", "segments"]}
 
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def nearest(name, known, what):
 
 
 def checked(value, default, name):
-    """`value` in the kind of `default`; SystemExit if it is of another, or negative, or zero where that makes no sense."""
+    """`value` in the kind of `default`; SystemExit if it is of another."""
     kind = type(default)
     if kind is float and type(value) in (int, str):     # YAML reads 1e-3, without a dot, as text
         with contextlib.suppress(ValueError):
@@ -77,9 +79,6 @@ def checked(value, default, name):
     if type(value) is not kind or kind is list and len(value) != len(default):
         wanted = f"a list of {len(default)}" if kind is list else f"of kind {kind.__name__}"
         raise SystemExit(f"{name} must be {wanted}, like {default!r}; found {value!r}")
-    positive = name.partition(".")[2] in POSITIVE
-    if kind in (int, float) and (value <= 0 if positive else value < 0):
-        raise SystemExit(f"{name}={value}: it must be greater than 0{'' if positive else ', or 0'}")
     return [checked(item, like, name) for item, like in zip(value, default)] if kind is list else value
 
 
@@ -89,6 +88,16 @@ def set_key(config, section, key, value):
     if key not in config[section]:
         raise nearest(key, list(config[section]), f"key of section {section}")
     config[section][key] = checked(value, config[section][key], f"{section}.{key}")
+
+
+def check_values(config):
+    """SystemExit for an unknown choice, a negative number, and zero where nothing would be left."""
+    for section, key, value in ((section, key, value) for section in config for key, value in config[section].items()):
+        name, positive = f"{section}.{key}", key in POSITIVE
+        if name in CHOICES and value not in CHOICES[name]:
+            raise nearest(value, CHOICES[name], name)
+        if type(value) in (int, float) and (value <= 0 if positive else value < 0):
+            raise SystemExit(f"{name}={value}: it must be greater than 0{'' if positive else ', or 0'}")
 
 
 def load_config(arguments, stage):
@@ -112,17 +121,17 @@ def load_config(arguments, stage):
         for section, changes in presets[name].items():
             for key, value in changes.items():
                 set_key(config, section, key, value)
-    for argument in arguments:
-        dotted, equals, text = argument.partition("=")
+    for argument in [a for a in arguments if "=" in a]:
+        dotted, _, text = argument.partition("=")
         section, dot, key = dotted.partition(".")
-        if equals and not dot:
+        if not dot:
             raise SystemExit(f"'{argument}' is not of the form section.key=value")
-        if equals:
-            is_text = isinstance(config.get(section, {}).get(key), str)
-            try:
-                set_key(config, section, key, text if is_text else yaml.safe_load(text))
-            except yaml.YAMLError:
-                raise SystemExit(f"'{argument}': the value is not YAML") from None
+        is_text = isinstance(config.get(section, {}).get(key), str)
+        try:
+            set_key(config, section, key, text if is_text else yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise SystemExit(f"'{argument}': the value is not YAML") from None
+    check_values(config)
     model_names = [name for name in names if set(presets[name]) != {"finetune"}]    # `toy linear` starts from toy's
     pretrained = f"runs/{'-'.join(model_names)}/pretrain/last.pt"
     config["run"]["output"] = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
@@ -136,6 +145,28 @@ def load_config(arguments, stage):
     return config
 
 
+# --- Processes, precision, batch ------------------------------------------------------------------
+
+def ignore_signals(_):
+    for number in (signal.SIGINT, signal.SIGTERM):      # the training process decides when its workers end
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """After an error. At exit Python ends its children by SIGTERM, which ours ignore, and would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would report their end as a failure
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def start_workers(loader):
+    """An iterator over a loader whose workers ignore signals; they end with this process, however it ends."""
+    batches = iter(loader)
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)                        # the last registered runs first, before torch waits for them
+    return batches
+
+
 def first_line(error):
     return (str(error).strip() or repr(error)).splitlines()[0]
 
@@ -147,6 +178,7 @@ def one_sentence(*kinds):
     try:
         yield
     except (EOFError, ConnectionError):                 # a worker died in the middle of sending a batch
+        end_workers()                                   # before torch reports that death a second time
         raise SystemExit(f"a process that decodes has ended unexpectedly. {starved}") from None
     except (data.UnreadableVideo, OSError, *kinds) as error:
         # A worker's error carries its traceback in the message; the last line says what happened
@@ -162,8 +194,6 @@ def one_sentence(*kinds):
         raise
 
 
-# --- Processes, precision, batch ------------------------------------------------------------------
-
 Process = namedtuple("Process", "rank world device")
 
 
@@ -171,8 +201,6 @@ def start_process(run):
     """This process's rank, the number of processes, and its device; joins the others under torchrun."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(filter(present.get, present)) if run["device"] == "auto" else run["device"]
-    if name not in present:
-        raise nearest(name, ["auto", *present], "run.device")
     if not present[name]:
         raise SystemExit(f"run.device is {name}, but this machine has none; use run.device=auto")
     device = torch.device(name)
@@ -197,8 +225,6 @@ def start_process(run):
 def mixed_precision(precision, device):
     """(function that makes an autocast context, GradScaler) for run.precision."""
     kinds = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in kinds:
-        raise nearest(precision, list(kinds), "run.precision")
     dtype = kinds[precision] or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if dtype == torch.float16 and device.type != "cuda":
         raise SystemExit(f"run.precision=fp16 needs a GPU; this run is on {device.type}: use bf16 or fp32")
@@ -293,12 +319,10 @@ def save_checkpoint(path, content):
     temporary.replace(path)
 
 
-def load_checkpoint(path, allowed=()):
-    """The content of a checkpoint: tensors, plain values and the classes `allowed`, nothing that executes.
-    SystemExit if it is unreadable."""
+def load_checkpoint(path):
+    """The content of a checkpoint: tensors and plain values, nothing that executes. SystemExit if it is unreadable."""
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path}: there is no such checkpoint") from None
     except Exception as error:                          # torch raises half a dozen kinds for a damaged file
@@ -324,16 +348,14 @@ def check_same_training(config, checkpoint, output, stage, videos, model_class):
     than by more epochs."""
     if checkpoint.get("stage") != stage:
         raise SystemExit(f"{output} holds a run of train_{checkpoint.get('stage')}.py: choose another run.output")
-    free = {"data.root", "data.train", "data.val", "data.max_unreadable", "model.checkpointing", "pretrain.picture_epochs",
-            "pretrain.keep_epochs", "finetune.validate_epochs", "finetune.test_clips", "finetune.test_crops",
-            "finetune.test_only", f"{stage}.epochs"}
+    free = {"root", "train", "val", "max_unreadable", "checkpointing", "epochs", "picture_epochs", "keep_epochs",
+            "validate_epochs", "test_clips", "test_crops", "test_only"}
     both = {f"{section}.{key}": (value, checkpoint["config"][section].get(key, value))     # a key may be newer than the run
-            for section in ("data", "model", stage) for key, value in config[section].items()}
+            for section in ("data", "model", stage) for key, value in config[section].items() if key not in free}
     both["run.seed"] = config["run"]["seed"], checkpoint["config"]["run"]["seed"]
     both["the number of videos in data.train"] = videos, checkpoint["videos"]
     both["the model's class"] = model_class, checkpoint["model_class"]      # a fork may differ in nothing else
-    differences = [f"{name} is {now!r}, was {before!r}" for name, (now, before) in both.items()
-                   if now != before and name not in free]
+    differences = [f"{name} is {now!r}, was {before!r}" for name, (now, before) in both.items() if now != before]
     if differences:
         raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differences)}. "
                          "Restore these values or choose another run.output")
@@ -341,10 +363,9 @@ def check_same_training(config, checkpoint, output, stage, videos, model_class):
 
 def report_unreadable(process, failures, named, tried, unreadable, share):
     """Name every unreadable video, once in each process; stop if, after a hundred tries, more than `share` of all were unreadable."""
-    for reason in failures:
-        if reason not in named:
-            named.add(reason)
-            tqdm.write(f"unreadable, another video is drawn: {reason}", file=sys.stderr)
+    for reason in sorted(set(failures) - named):
+        tqdm.write(f"unreadable, another video is drawn: {reason}", file=sys.stderr)
+    named.update(failures)
     if tried >= 100 and unreadable > share * tried:
         give_up(process, f"{unreadable} of {tried} videos tried were unreadable, more than data.max_unreadable={share}; "
                          "`python data.py check PRESET` lists them all")
@@ -427,34 +448,6 @@ def read_lists(config, process):
     return train, val, classes
 
 
-def ignore_signals(_):
-    for number in (signal.SIGINT, signal.SIGTERM):      # the training process decides when its workers end
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end_workers():
-    """At exit after an error: Python ends its children by SIGTERM, which ours ignore, and would wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would report their end as a failure
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def start_workers(loader):
-    """An iterator over a loader whose workers ignore signals; they end with this process, however it ends."""
-    batches = iter(loader)
-    atexit.unregister(end_workers)
-    atexit.register(end_workers)                        # the last registered runs first, before torch waits for them
-    return batches
-
-
-def read_batches(videos, order, at_once, run, process):
-    """A generator of micro-batches, decoded ahead by run.workers processes."""
-    with one_sentence(ValueError):
-        loader = DataLoader(videos, at_once, sampler=order, num_workers=run["workers"], collate_fn=data.collate,
-                            pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals)
-        yield from start_workers(loader)
-
-
 def fit(config, stage, process, precision, model, videos, optimizer, loss_of, end_epoch, **also):
     """Train `model` on `videos` as section `stage` of the configuration says, from the last checkpoint on.
 
@@ -511,10 +504,12 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     # Which clips of the global batch each micro-batch of this process has
     rows = torch.arange(batch * repeats).view(batch, repeats)[process.rank::process.world].flatten().chunk(accumulation)
     reading = data.training_order(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
+    loader = DataLoader(videos, at_once, sampler=reading, num_workers=run["workers"], collate_fn=data.collate,
+                        pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals)
     named, saved_at = set(), time.monotonic()
     bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
-    source = read_batches(videos, reading, at_once, run, process)
-    with one_sentence(), stop_on_signals() as stop, contextlib.closing(source) as batches:
+    with one_sentence(), stop_on_signals() as stop:
+        batches = start_workers(loader)
         for step in bar:
             model.train()
             lr, loss, failures = learning_rate(step, steps, warmup, peak, floor), 0.0, []
@@ -537,8 +532,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
 
             loss, failed, stopping = over_processes(process, loss / process.world, len(failures), len(stop))
             # fp16's scaler answers an overflow by skipping the step and halving its scale; at 1 it has no answer left
-            finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)
-            if not finite:
+            if not math.isfinite(loss) or not math.isfinite(norm) and scaler.get_scale() <= 1:
                 give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last "
                                  f"checkpoint is kept: go on with run.precision=fp32, or begin again with a smaller "
                                  f"{stage}.lr or {stage}.clip_norm=1")
