@@ -153,8 +153,7 @@ def ignore_signals(_):
 
 
 def end_workers():
-    """After an error. At exit Python ends its children by SIGTERM, which ours ignore, and would wait for them for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch would report their end as a failure
+    """At exit after an error: Python ends its children by SIGTERM, which ours ignore, and would wait for ever."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -162,6 +161,7 @@ def end_workers():
 def start_workers(loader):
     """An iterator over a loader whose workers ignore signals; they end with this process, however it ends."""
     batches = iter(loader)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's raises wherever we are; the next batch tells of a dead worker
     atexit.unregister(end_workers)
     atexit.register(end_workers)                        # the last registered runs first, before torch waits for them
     return batches
@@ -174,11 +174,10 @@ def first_line(error):
 @contextlib.contextmanager
 def one_sentence(*kinds):
     """Turn errors that the user can mend, and those of `kinds`, into one sentence and exit status 1."""
-    starved = "If the system ended it for want of memory: set run.workers lower"
+    starved = "If the system ended it for want of memory, set run.workers lower"
     try:
         yield
     except (EOFError, ConnectionError):                 # a worker died in the middle of sending a batch
-        end_workers()                                   # before torch reports that death a second time
         raise SystemExit(f"a process that decodes has ended unexpectedly. {starved}") from None
     except (data.UnreadableVideo, OSError, *kinds) as error:
         # A worker's error carries its traceback in the message; the last line says what happened
@@ -187,8 +186,8 @@ def one_sentence(*kinds):
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise SystemExit(f"out of memory ({first_line(error)}): set run.max_batch below the videos that a process takes "
                              "at once now, so that more is accumulated, or model.checkpointing=true") from None
-        if "DataLoader worker" in str(error):
-            raise SystemExit(f"{first_line(error)} {starved}") from None
+        if "exited unexpectedly" in str(error):         # a worker, or on CUDA the thread that reads from the workers
+            raise SystemExit(f"{first_line(error)}. {starved}") from None
         if "closed by peer" in str(error) or "reset by peer" in str(error):
             raise SystemExit("another process of this run has ended; its message says why") from None
         raise
@@ -310,9 +309,8 @@ def save_checkpoint(path, content):
     except (OSError, RuntimeError) as error:            # torch says RuntimeError when the disk is full
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if "DataLoader worker" in str(error):           # raised by a signal handler, wherever the process happens to be
-            raise
-        raise SystemExit(f"{path} could not be written ({first_line(error)}); the checkpoint before it is kept. "
+        reason = first_line(error.__context__ or error)     # torch's writer says something else after a write that failed
+        raise SystemExit(f"{path} could not be written ({reason}); the checkpoint before it is kept. "
                          "Is the disk full? Make room and run the same command again") from None
     if path.name == "last.pt" and path.exists():
         path.replace(path.with_name("previous.pt"))

@@ -152,16 +152,6 @@ def test_a_worker_killed_by_the_system_is_explained(toy, tmp_path):
     assert process.returncode == 1 and "set run.workers lower" in err and "Traceback" not in err
 
 
-def test_a_worker_killed_while_a_checkpoint_is_written_is_no_full_disk(tmp_path):
-    class Interrupted:                                                      # torch's signal handler raises wherever the process is
-        def __reduce__(self):
-            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
-
-    with pytest.raises(SystemExit, match="set run.workers lower"), train_pretrain.one_sentence():
-        train_pretrain.save_checkpoint(tmp_path / "last.pt", Interrupted())
-    assert not list(tmp_path.iterdir())
-
-
 # Disks and checkpoints
 
 
