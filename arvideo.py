@@ -1,25 +1,34 @@
 """
 ARVideo: autoregressive video pretraining (Ren et al. 2024, arXiv 2405.15160), sections 3.3 and 4.1.
 
-A video is cut into cubes of pixels; each cube is a token (3.3.1). Neighbouring tokens form clusters, the
-elements of the autoregression. The clusters are put into an order, by default a random one for every
-sample (3.3.2). A fifth of the tokens of every cluster but the last enters an encoder, where a token
-attends to those of its own cluster and of those before it; a decoder predicts every cluster but the first, all its
-tokens, from the encoder's output for the clusters before it, for all places of the order in one pass (3.3.3).
-The loss is the mean squared error of the pixels, each cube normalised by its own mean and deviation (4.1).
+A video is cut into cubes of pixels; each cube becomes a token. Clusters of neighbouring tokens are the elements of
+the autoregression (3.3.1). Every sample gets an order of its clusters, by default a random one (3.3.2); a cluster's
+rank in it is its place. In every cluster a random fifth of the tokens is visible (4.1).
+
+    Encoder   takes the visible tokens; a token attends to its own cluster and to earlier ones (3.3.3).
+    Decoder   predicts all tokens of a cluster, visible or not, from the encoder's output for earlier clusters (3.3.3).
+    Loss      mean squared error of the pixels, each cube normalised by its own mean and standard deviation (4.1).
+
+Two attention masks make one pass do this for all places. The last cluster never enters the encoder, since nothing
+comes after it; the first is never predicted.
 
     model = ARVideo()                                       # ViT-B, 16 x 224 x 224
     loss = model(video, *model.draw(len(video)))            # video [B, 3, 16, 224, 224]
 
 Symbols in the shapes, with their sizes in the paper:
-    B   videos in the batch             N   tokens of a video: 8 x 14 x 14         1568
-    P   pixels of a cube, one colour   512  M   clusters of a video: 4 x 2 x 2      16
-    D   width of the encoder           768  K   tokens of a cluster: 2 x 7 x 7      98
-    d   width of the decoder           512  V   visible tokens of a cluster         20
-    S   visible tokens that enter the encoder, (M - 1) V                            300
-    Q   tokens to predict, the decoder's queries, by default (M - 1) K              1470
+    B   videos in the batch
+    N   tokens of a video                   1568 = 8 x 14 x 14
+    P   pixels of a cube, for each colour    512 = 2 x 16 x 16
+    M   clusters of a video                   16 = 4 x 2 x 2
+    K   tokens of a cluster                   98 = 2 x 7 x 7
+    V   visible tokens of a cluster           20, a fifth of K
+    S   tokens that enter the encoder        300 = (M - 1) V
+    Q   tokens to predict: queries          1470 = (M - 1) K
+    D   width of the encoder                 768
+    d   width of the decoder                 512
 
-Run by `python train_pretrain.py`; this file needs torch and nothing else.
+A place counts from 0 here, from 1 in the README and in pictures. Run by `python train_pretrain.py`; this file needs
+torch and nothing else.
 """
 
 import math
@@ -75,15 +84,15 @@ def take(x, index):
 
 # --- Prediction orders (3.3.2) and visible tokens (4.1) -------------------------------------------
 
-def prediction_orders(kind, blocks, batch, generator=None, device=None):
-    """[B, M]: the cluster at every place of the prediction order. `blocks` counts clusters (t, h, w).
+def prediction_orders(kind, cluster_grid, batch, generator=None, device=None):
+    """[B, M]: the cluster at every place of the prediction order. `cluster_grid` counts clusters (t, h, w).
 
-    spatial-first: all clusters of a time slice, then the next slice. temporal-first: all time slices of
-    a position, then the next position. random: a permutation of its own for every sample.
+    random: a permutation of its own for every sample. spatial-first: all clusters of a time slice, then the next
+    slice. temporal-first: all time slices of one spatial location, then the next location.
     """
     if kind == "random":
-        return torch.rand(batch, math.prod(blocks), generator=generator, device=device).argsort(dim=1)
-    raster = torch.arange(math.prod(blocks), device=device).reshape(blocks)
+        return torch.rand(batch, math.prod(cluster_grid), generator=generator, device=device).argsort(dim=1)
+    raster = torch.arange(math.prod(cluster_grid), device=device).reshape(cluster_grid)
     if kind == "temporal-first":
         raster = raster.permute(1, 2, 0)
     return raster.flatten().expand(batch, -1)
@@ -97,14 +106,14 @@ def visible_count(tokens, mask_ratio):
 def visible_tokens(clusters, count, batch, generator=None):
     """[B, M, V]: the token indices that stay visible, `count` drawn for every sample and cluster."""
     noise = torch.rand(batch, *clusters.shape, generator=generator, device=clusters.device)
-    chosen = noise.argsort(dim=2)[..., :count]                                      # [B, M, V], 0 .. K-1
+    chosen = noise.argsort(dim=2)[..., :count]                                      # [B, M, V], each 0 .. K-1
     return clusters.expand(batch, -1, -1).gather(2, chosen)
 
 
 # --- Layers (VideoMAE's ViT) ----------------------------------------------------------------------
 
 def sine_cosine(positions, width):
-    """[n] positions -> [n, width]: sine at even channels, cosine at odd, wavelengths from 2 pi to nearly 10000 x 2 pi."""
+    """[n] positions -> [n, width]: sine at even channels, cosine at odd, wavelengths from 2 pi to 10000 x 2 pi."""
     channel = torch.arange(width, dtype=torch.float64)
     angle = positions[:, None].double() / 10000 ** (2 * (channel // 2) / width)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
@@ -122,14 +131,14 @@ def position_table(grid, width, kind):
 
 
 def attend(q, k, v, heads, mask=None):
-    """Multi-head attention of q [B, n, D] over k, v [B, m, D]; mask [n, m], True = may attend."""
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # [B, heads, n or m, D/heads]
+    """Multi-head attention of q [B, n, w] over k, v [B, m, w] -> [B, n, w]; mask [n, m], True = may attend."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # [B, heads, n or m, w/heads]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class CubeEmbedding(nn.Module):
-    """One linear projection of a cube's pixels (3.3.1). The weight has the shape and name of VideoMAE's
-    Conv3d, but is applied as a matrix product, so that hidden cubes cost nothing."""
+    """One linear projection of a cube's pixels (3.3.1). The weight has the shape and name of VideoMAE's Conv3d, which
+    would embed the whole video; a matrix product embeds only the cubes that it is given."""
 
     def __init__(self, cube, width):
         super().__init__()
@@ -152,6 +161,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None):
+        """x [B, n, w], mask [n, n] -> [B, n, w]"""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=2)
         return self.proj(attend(q, k, v, self.heads, mask))
@@ -169,6 +179,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, memory, mask):
+        """x [B, Q, d], memory [B, S, d], mask [Q, S] -> [B, Q, d]"""
         return self.proj(attend(self.q(x), self.k(memory), self.v(memory), self.heads, mask))
 
 
@@ -178,7 +189,7 @@ def mlp(width, ratio):
 
 
 def initialise(module):
-    """VideoMAE's initialisation: linear layers xavier-uniform, their biases 0; Conv3d as torch has it."""
+    """VideoMAE's initialisation: linear layers xavier-uniform, their biases 0; Conv3d keeps torch's default."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -188,11 +199,13 @@ def initialise(module):
 # --- Encoder and decoder (3.3.3) ------------------------------------------------------------------
 
 def run_block(block, *inputs, checkpointing):
-    """block(*inputs); with checkpointing its activations are computed again in the backward pass."""
+    """block(*inputs); with checkpointing the backward pass recomputes the activations instead of keeping them."""
     return recompute(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
 
 
 class EncoderBlock(nn.Module):
+    """ViT's block: norm and self-attention, norm and MLP, each added to its input."""
+
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
         self.norm1 = LayerNorm(width)
@@ -212,7 +225,7 @@ class Encoder(nn.Module):
     def __init__(self, frames, size, cube, width, depth, heads, mlp_ratio, positions, checkpointing):
         super().__init__()
         self.cube, self.width, self.checkpointing = tuple(cube), width, checkpointing
-        self.grid = blocks_per_axis((frames, size, size), self.cube, "cube")
+        self.grid = blocks_per_axis((frames, size, size), cube, "cube")
         self.register_buffer("positions", position_table(self.grid, width, positions), persistent=False)
         self.patch_embed = CubeEmbedding(self.cube, width)
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp_ratio) for _ in range(depth))
@@ -222,8 +235,8 @@ class Encoder(nn.Module):
     def forward(self, cubes, index=None, mask=None):
         """cubes [B, n, 3, P] -> features [B, n, D].
 
-        index [B, n] names each cube's token (0 .. N-1); without it all N are there, in raster order.
-        mask [n, n], True = may attend; without it attention is full, as transfer wants it.
+        index [B, n] says which token (0 .. N-1) each cube is; without it all N are there, in raster order.
+        mask [n, n], True = may attend; without it every token attends to all, as in transfer.
         """
         x = self.patch_embed(cubes) + (self.positions if index is None else self.positions[index])
         for block in self.blocks:
@@ -232,15 +245,16 @@ class Encoder(nn.Module):
 
     def features(self, video):
         """All tokens of a whole video, for transfer: [B, 3, T, H, W] -> [B, N, D]."""
-        return Encoder.forward(self, video_to_cubes(video, self.cube))      # a classifier's own forward takes videos
+        return Encoder.forward(self, video_to_cubes(video, self.cube))      # a classifier overrides forward
 
 
 class DecoderBlock(nn.Module):
-    """Cross-attention and MLP; self-attention among the queries of one cluster only on request (Table 9)."""
+    """Cross-attention and MLP. Given a `cluster_size`, queries first attend to those of their own cluster (Table 9)."""
 
-    def __init__(self, width, heads, mlp_ratio, self_attention):
+    def __init__(self, width, heads, mlp_ratio, cluster_size=None):
         super().__init__()
-        if self_attention:
+        self.cluster_size = cluster_size
+        if cluster_size:
             self.norm0 = LayerNorm(width)
             self.self_attn = SelfAttention(width, heads)
         self.norm1 = LayerNorm(width)
@@ -248,42 +262,41 @@ class DecoderBlock(nn.Module):
         self.norm2 = LayerNorm(width)
         self.mlp = mlp(width, mlp_ratio)
 
-    def forward(self, x, memory, mask, cluster_size):
-        if hasattr(self, "self_attn"):
-            clusters = self.norm0(x).reshape(-1, cluster_size, x.shape[2])          # [B (Q/K), K, d]
+    def forward(self, x, memory, mask=None):
+        """x [B, Q, d], memory [B, S, d], mask [Q, S] -> [B, Q, d]"""
+        if self.cluster_size:                           # queries stand cluster by cluster
+            clusters = self.norm0(x).reshape(-1, self.cluster_size, x.shape[2])     # [B (Q/K), K, d]
             x = x + self.self_attn(clusters).reshape(x.shape)
         x = x + self.cross_attn(self.norm1(x), memory, mask)
         return x + self.mlp(self.norm2(x))
 
 
 class Decoder(nn.Module):
-    """From the encoder's output to the pixels of the tokens that the queries name."""
+    """Predicts the pixels of any tokens by cross-attention to the encoder's output."""
 
-    def __init__(self, grid, width, depth, heads, mlp_ratio, positions, self_attention, outputs, checkpointing):
+    def __init__(self, grid, width, depth, heads, mlp_ratio, positions, cluster_size, outputs, checkpointing):
         super().__init__()
         self.checkpointing = checkpointing
         self.register_buffer("positions", position_table(grid, width, positions), persistent=False)
-        self.query = nn.Parameter(torch.empty(width).normal_(std=0.02))
-        self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, self_attention) for _ in range(depth))
+        self.query = nn.Parameter(torch.empty(width).normal_(std=0.02))             # [d], shared by all queries
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_ratio, cluster_size) for _ in range(depth))
         self.norm = LayerNorm(width)
         self.head = nn.Linear(width, outputs)
         self.apply(initialise)
 
-    def forward(self, memory, index, mask, cluster_size):
-        """memory [B, S, d], index [B, Q] of the tokens to predict, mask [Q, S] -> [B, Q, 3 P]. Only self-attention
-        needs `cluster_size`."""
+    def forward(self, memory, index, mask=None):
+        """memory [B, S, d], index [B, Q] of the tokens to predict, mask [Q, S] -> [B, Q, 3 P]"""
         x = self.query + self.positions[index]
         for block in self.blocks:
-            x = run_block(block, x, memory, mask, cluster_size, checkpointing=self.checkpointing)
+            x = run_block(block, x, memory, mask, checkpointing=self.checkpointing)
         return self.head(self.norm(x))
 
 
 # --- ARVideo (3.3.3, 4.1) -------------------------------------------------------------------------
 
 class ARVideo(nn.Module):
-    """The pretraining model: encoder, decoder and loss. The arguments are config.yaml's section `model`,
-    explained there; the ablations of the paper (Tables 1, 6-10) change them. Prediction begins after the first
-    `predict_after` clusters of the order. A place counts along the order: here 0 .. M-1, in README and pictures 1 .. M.
+    """The pretraining model: encoder, decoder and loss. The arguments are config.yaml's section `model`, explained
+    there; the ablations of the paper (Tables 1, 6-10) change them.
 
     Raises ValueError where sizes do not fit, an order is unknown or a ratio is out of range.
     """
@@ -297,16 +310,17 @@ class ARVideo(nn.Module):
             if kind not in known:
                 raise ValueError(f"{name} '{kind}' is unknown: choose one of {', '.join(known)}")
         if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio {mask_ratio} is out of range: it is the share of hidden tokens, from 0 to below 1")
-        for name, w, h in (("heads", width, heads), ("decoder_heads", decoder_width, decoder_heads)):
-            if h < 1 or w < 1 or w % h:
-                raise ValueError(f"{name} {h} does not divide the width {w}")
+            raise ValueError(f"mask_ratio {mask_ratio} is out of range: it is the share of hidden tokens, 0 to below 1")
+        for name, own_width, own_heads in (("heads", width, heads), ("decoder_heads", decoder_width, decoder_heads)):
+            if own_heads < 1 or own_width < 1 or own_width % own_heads:
+                raise ValueError(f"{name} {own_heads} does not divide the width {own_width}")
         self.encoder = Encoder(frames, size, cube, width, depth, heads, mlp_ratio, positions, checkpointing)
         self.grid, self.cube, self.order = self.encoder.grid, self.encoder.cube, order
         self.cluster_grid = blocks_per_axis(self.grid, cluster, "cluster")
         M, K = math.prod(self.cluster_grid), math.prod(cluster)
         if not 1 <= predict_after < M:
-            raise ValueError(f"predict_after {predict_after} is out of range: 1 to {M - 1} of {M} clusters can be seen first")
+            raise ValueError(f"predict_after {predict_after} is out of range: so many clusters are seen before prediction "
+                             f"begins, at least 1 and fewer than there are, {M}")
         if normalise_target and math.prod(cube) == 1:
             raise ValueError("normalise_target needs cubes of more than one pixel: one has no standard deviation")
         self.predict_after, self.cluster_size, self.normalise_target = predict_after, K, normalise_target
@@ -314,32 +328,34 @@ class ARVideo(nn.Module):
 
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
         self.decoder = Decoder(self.grid, decoder_width, decoder_depth, decoder_heads, mlp_ratio, positions,
-                               decoder_self_attention, 3 * math.prod(cube), checkpointing)
-        self.encoder_to_decoder.apply(initialise)
+                               K if decoder_self_attention else None, 3 * math.prod(cube), checkpointing)
+        initialise(self.encoder_to_decoder)
 
-        self.register_buffer("clusters", cluster_tokens(self.grid, cluster), persistent=False)
-        # Tokens are lined up by place in the order, so the same two masks serve every sample, whatever its order.
-        seen_place = torch.arange(M - 1).repeat_interleave(self.visible_count)              # [S]
-        target_place = torch.arange(predict_after, M).repeat_interleave(K)                  # [Q]
-        self.register_buffer("encoder_mask", seen_place[:, None] >= seen_place, persistent=False)
-        self.register_buffer("decoder_mask", target_place[:, None] > seen_place, persistent=False)
+        # Tokens are lined up by place, so these two masks serve every order. True = may attend.
+        self.register_buffer("clusters", cluster_tokens(self.grid, cluster), persistent=False)          # [M, K]
+        seen_place = torch.arange(M - 1).repeat_interleave(self.visible_count)      # [S]: 0 0 .. 1 1 .. M-2
+        queried_place = torch.arange(predict_after, M).repeat_interleave(K)         # [Q]: 1 1 .. 2 2 .. M-1
+        own_and_earlier = seen_place[:, None] >= seen_place                         # [S, S]
+        earlier = queried_place[:, None] > seen_place                               # [Q, S]
+        self.register_buffer("encoder_mask", own_and_earlier, persistent=False)
+        self.register_buffer("decoder_mask", earlier, persistent=False)
 
     def draw(self, batch, generator=None):
-        """A prediction order [B, M] and visible tokens [B, M, V] (row c: of cluster c) for each sample."""
+        """For each sample a prediction order [B, M] and visible tokens [B, M, V], of which row c are cluster c's."""
         order = prediction_orders(self.order, self.cluster_grid, batch, generator, self.clusters.device)
         return order, visible_tokens(self.clusters, self.visible_count, batch, generator)
 
     def line_up(self, order, visible):
-        """Token indices by place in the order: what the encoder sees [B, S], what is predicted [B, Q]."""
-        seen = take(visible, order[:, :-1])             # the last cluster never enters: nothing comes after it
-        target = self.clusters[order[:, self.predict_after:]]
-        return seen.flatten(1), target.flatten(1)
+        """Token indices lined up by place: `seen` [B, S] enter the encoder, `queried` [B, Q] are predicted."""
+        seen = take(visible, order[:, :-1])             # without the last cluster: nothing comes after it
+        queried = self.clusters[order[:, self.predict_after:]]
+        return seen.flatten(1), queried.flatten(1)
 
-    def predict(self, cubes, seen, target):
-        """Predictions [B, Q, 3, P], normalised, of the tokens `target` from the tokens `seen`, all places at once."""
-        memory = self.encoder(take(cubes, seen), seen, self.encoder_mask)                   # [B, S, D]
-        memory = self.encoder_to_decoder(memory)                                            # [B, S, d]
-        prediction = self.decoder(memory, target, self.decoder_mask, self.cluster_size)     # [B, Q, 3 P]
+    def predict(self, cubes, seen, queried):
+        """The prediction [B, Q, 3, P] of the tokens `queried` from the tokens `seen` of the cubes [B, N, 3, P]."""
+        memory = self.encoder(take(cubes, seen), seen, self.encoder_mask)           # [B, S, D]
+        memory = self.encoder_to_decoder(memory)                                    # [B, S, d]
+        prediction = self.decoder(memory, queried, self.decoder_mask)               # [B, Q, 3 P]
         return prediction.unflatten(2, (3, -1))
 
     def statistics(self, cubes):
@@ -350,41 +366,44 @@ class ARVideo(nn.Module):
         deviation, mean = torch.std_mean(cubes, dim=-1, keepdim=True)
         return mean, deviation + 1e-6                   # a flat cube must not divide by zero
 
-    def truth(self, video, cubes):
-        """What the predictions are compared with, [B, N, 3, P]: the cubes [B, N, 3, P] of the video themselves."""
+    def target(self, video, cubes):
+        """What is predicted, before normalisation [B, N, 3, P]: the cubes [B, N, 3, P] of the video themselves. Another
+        target overrides this."""
         return cubes
 
     def forward(self, video, order, visible):
-        """The loss, a scalar. video [B, 3, T, H, W], normalised; order and visible as draw() gives them."""
-        cubes = video_to_cubes(video, self.cube)                                            # [B, N, 3, P]
-        seen, target = self.line_up(order, visible)                                         # [B, S], [B, Q]
-        prediction = self.predict(cubes, seen, target)                                      # [B, Q, 3, P]
-        truth = take(self.truth(video, cubes), target)                                      # [B, Q, 3, P]
-        mean, deviation = self.statistics(truth)                                            # [B, Q, 3, 1]
-        return F.mse_loss(prediction.float(), (truth - mean) / deviation)
+        """The loss, a scalar. video [B, 3, T, H, W], with ImageNet's mean and deviation removed; order and visible as
+        draw() gives them."""
+        cubes = video_to_cubes(video, self.cube)                                    # [B, N, 3, P]
+        seen, queried = self.line_up(order, visible)                                # [B, S], [B, Q]
+        prediction = self.predict(cubes, seen, queried)                             # [B, Q, 3, P]
+        target = take(self.target(video, cubes), queried)                           # [B, Q, 3, P]
+        mean, deviation = self.statistics(target)                                   # [B, Q, 3, 1]
+        return F.mse_loss(prediction.float(), (target - mean) / deviation)          # in fp32, also under autocast
 
     @torch.no_grad()
     def reconstruct(self, video, order, visible):
-        """What the encoder sees and what is predicted, as two videos [B, 3, T, H, W], elsewhere zero.
+        """The tokens that the encoder sees and the predictions, as two videos [B, 3, T, H, W] that are zero elsewhere.
 
-        With normalise_target a cube's mean and deviation come from the true video: only what varies inside is predicted.
+        With normalise_target a cube's mean and deviation come from the true video: what varies inside is predicted.
         """
         cubes = video_to_cubes(video, self.cube)
-        seen, target = self.line_up(order, visible)
-        mean, deviation = self.statistics(take(self.truth(video, cubes), target))
-        prediction = self.predict(cubes, seen, target).float() * deviation + mean
-        sample, empty = torch.arange(len(cubes), device=cubes.device)[:, None], torch.zeros_like(cubes)
-        pictures = empty.index_put((sample, seen), take(cubes, seen)), empty.index_put((sample, target), prediction)
-        return [cubes_to_video(picture, self.grid, self.cube) for picture in pictures]
+        seen, queried = self.line_up(order, visible)
+        mean, deviation = self.statistics(take(self.target(video, cubes), queried))
+        sample = torch.arange(len(cubes), device=cubes.device)[:, None]
+        shown, predicted = torch.zeros_like(cubes), torch.zeros_like(cubes)
+        shown[sample, seen] = take(cubes, seen)
+        predicted[sample, queried] = self.predict(cubes, seen, queried).float() * deviation + mean
+        return [cubes_to_video(picture, self.grid, self.cube) for picture in (shown, predicted)]
 
 
-def pretrained_encoder(checkpoint):
-    """The encoder alone, for transfer (3.3.3), from a checkpoint that train_pretrain.py wrote.
+def pretrained_encoder(checkpoint, model=ARVideo):
+    """The encoder alone, for transfer (3.3.3), from a checkpoint of train_pretrain.py's; `model` is a fork's class.
 
     Without a mask every token attends to every other: encoder.features(video [B, 3, T, H, W]) -> [B, N, D].
-    Raises RuntimeError, naming the tensors, if the checkpoint's encoder and the one that it describes differ.
+    Raises RuntimeError, naming the tensors, if the weights do not fit the configuration saved with them.
     """
-    encoder = ARVideo(**checkpoint["config"]["model"]).encoder
+    encoder = model(**checkpoint["config"]["model"]).encoder
     encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in checkpoint["model"].items()
                              if name.startswith("encoder.")})       # with the dot: encoder_to_decoder stays behind
     return encoder.eval()

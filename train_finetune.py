@@ -82,7 +82,7 @@ class Probe(nn.Module):
         self.attentive = attentive
         if attentive:
             self.query = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-            self.pool = DecoderBlock(width, encoder["heads"], encoder["mlp_ratio"], self_attention=False)
+            self.pool = DecoderBlock(width, encoder["heads"], encoder["mlp_ratio"])
             self.pool.apply(initialise)
         self.head = linear_head(width, classes)
 
@@ -92,7 +92,7 @@ class Probe(nn.Module):
             tokens = self.encoder.features(video)                                   # [B, N, D]
         if not self.attentive:
             return self.head(self.norm(tokens.mean(1)))
-        return self.head(self.pool(self.query.expand(len(tokens), -1, -1), self.norm(tokens), None, 1).squeeze(1))
+        return self.head(self.pool(self.query.expand(len(tokens), -1, -1), self.norm(tokens)).squeeze(1))
 
 
 def mix_videos(clips, labels, mixes, repeats):

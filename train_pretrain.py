@@ -397,7 +397,7 @@ def colour_of(place, places):
 
 
 def draw_picture(model, video, order, visible):
-    """A picture of the first frame of every cube: the true video, what the encoder saw, what was predicted.
+    """A picture of the first frame of every cube: the true video, what the encoder sees, what is predicted.
 
     video [B, 3, T, H, W], normalised; order and visible as model.draw gives them. A cluster's colour and number are
     its place in the prediction order.
@@ -408,12 +408,13 @@ def draw_picture(model, video, order, visible):
     pixels = ((rows * data.IMAGENET_STD + data.IMAGENET_MEAN).clamp(0, 1) * 255).byte()
     pixels = pixels.permute(0, 1, 3, 4, 5, 2).contiguous()                                      # [B, 3 rows, t, H, W, 3]
     side, high, wide = size * scale + 10, kh * model.cube[1] * scale, kw * model.cube[2] * scale
-    picture = Image.new("RGB", (max(model.grid[0] * side, 560), 3 * B * side + 40), "white")
+    picture = Image.new("RGB", (model.grid[0] * side + 90, 3 * B * side + 24), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((0, 4), "Rows: true video, what the encoder saw, what was predicted. Number: place in the order." + (
-        "\nFlattering: each predicted cube has its mean and contrast from the true video." if model.normalise_target else ""), "black")
+    pen.text((90, 4), "Number and colour: place in the order." + (
+        " Mean and contrast of predicted cubes: from the true video" if model.normalise_target else ""), "black")
     for b, row, frame in itertools.product(range(B), range(3), range(model.grid[0])):
-        left, top = frame * side, (3 * b + row) * side + 40
+        left, top = frame * side + 90, (3 * b + row) * side + 24
+        pen.text((0, top + side // 2), ("true video", "encoder sees", "predicted")[row], "black", anchor="lm")
         shown = Image.fromarray(pixels[b, row, frame].numpy())
         picture.paste(shown.resize((size * scale, size * scale), Image.Resampling.NEAREST), (left, top))
         for place, cluster in enumerate(order[b].tolist()):

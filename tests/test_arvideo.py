@@ -167,7 +167,7 @@ def test_one_masked_pass_equals_predicting_cluster_after_cluster(order, self_att
             place = torch.tensor([i // V for i in range(k * V)])
             mask = torch.tensor([[int(p) >= int(q) for q in place] for p in place])
             memory = model.encoder_to_decoder(model.encoder(take(cubes[b:b + 1], prefix), prefix, mask))
-            alone = model.decoder(memory, model.clusters[places[b, k]][None], None, 4)          # sees the whole prefix
+            alone = model.decoder(memory, model.clusters[places[b, k]][None])                   # sees the whole prefix
             torch.testing.assert_close(alone.view(4, 3, -1), parallel[b, k - 1], atol=1e-5, rtol=1e-4)
 
 
