@@ -38,7 +38,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as recompute      # in the backward pass, instead of keeping activations
 
 ORDERS = ("random", "spatial-first", "temporal-first")
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -86,10 +86,8 @@ def take(x, index):
 
 def prediction_orders(kind, cluster_grid, batch, generator=None, device=None):
     """[B, M]: the cluster at every place of the prediction order. `cluster_grid` counts clusters (t, h, w).
-
-    random: a permutation of its own for every sample. spatial-first: all clusters of a time slice, then the next
-    slice. temporal-first: all time slices of one spatial location, then the next location.
-    """
+    random: a permutation of its own for every sample. spatial-first: all clusters of a time slice, then the next slice.
+    temporal-first: all time slices of one spatial location, then the next location."""
     if kind == "random":
         return torch.rand(batch, math.prod(cluster_grid), generator=generator, device=device).argsort(dim=1)
     raster = torch.arange(math.prod(cluster_grid), device=device).reshape(cluster_grid)
@@ -198,11 +196,6 @@ def initialise(module):
 
 # --- Encoder and decoder (3.3.3) ------------------------------------------------------------------
 
-def run_block(block, *inputs, checkpointing):
-    """block(*inputs); with checkpointing the backward pass recomputes the activations instead of keeping them."""
-    return recompute(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
-
-
 class EncoderBlock(nn.Module):
     """ViT's block: norm and self-attention, norm and MLP, each added to its input."""
 
@@ -234,13 +227,11 @@ class Encoder(nn.Module):
 
     def forward(self, cubes, index=None, mask=None):
         """cubes [B, n, 3, P] -> features [B, n, D].
-
         index [B, n] says which token (0 .. N-1) each cube is; without it all N are there, in raster order.
-        mask [n, n], True = may attend; without it every token attends to all, as in transfer.
-        """
+        mask [n, n], True = may attend; without it every token attends to all, as in transfer."""
         x = self.patch_embed(cubes) + (self.positions if index is None else self.positions[index])
         for block in self.blocks:
-            x = run_block(block, x, mask, checkpointing=self.checkpointing)
+            x = recompute(block, x, mask, use_reentrant=False) if self.checkpointing else block(x, mask)
         return self.norm(x)
 
     def features(self, video):
@@ -288,7 +279,7 @@ class Decoder(nn.Module):
         """memory [B, S, d], index [B, Q] of the tokens to predict, mask [Q, S] -> [B, Q, 3 P]"""
         x = self.query + self.positions[index]
         for block in self.blocks:
-            x = run_block(block, x, memory, mask, checkpointing=self.checkpointing)
+            x = recompute(block, x, memory, mask, use_reentrant=False) if self.checkpointing else block(x, memory, mask)
         return self.head(self.norm(x))
 
 
@@ -296,10 +287,8 @@ class Decoder(nn.Module):
 
 class ARVideo(nn.Module):
     """The pretraining model: encoder, decoder and loss. The arguments are config.yaml's section `model`, explained
-    there; the ablations of the paper (Tables 1, 6-10) change them.
-
-    Raises ValueError where sizes do not fit, an order is unknown or a ratio is out of range.
-    """
+    there; the ablations of the paper (Tables 1, 6-10) change them. Raises ValueError where sizes do not fit, an order
+    is unknown or a ratio is out of range."""
 
     def __init__(self, frames=16, size=224, cube=(2, 16, 16), cluster=(2, 7, 7), order="random", mask_ratio=0.8,
                  predict_after=1, width=768, depth=12, heads=12, mlp_ratio=4.0, decoder_width=512, decoder_depth=4,
@@ -319,11 +308,11 @@ class ARVideo(nn.Module):
         self.cluster_grid = blocks_per_axis(self.grid, cluster, "cluster")
         M, K = math.prod(self.cluster_grid), math.prod(cluster)
         if not 1 <= predict_after < M:
-            raise ValueError(f"predict_after {predict_after} is out of range: so many clusters are seen before prediction "
-                             f"begins, at least 1 and fewer than there are, {M}")
+            raise ValueError(f"predict_after {predict_after} is out of range: it counts the clusters seen first, at "
+                             f"least 1 and fewer than all {M}")
         if normalise_target and math.prod(cube) == 1:
             raise ValueError("normalise_target needs cubes of more than one pixel: one has no standard deviation")
-        self.predict_after, self.cluster_size, self.normalise_target = predict_after, K, normalise_target
+        self.predict_after, self.normalise_target = predict_after, normalise_target
         self.visible_count = visible_count(K, mask_ratio)
 
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
@@ -335,9 +324,9 @@ class ARVideo(nn.Module):
         self.register_buffer("clusters", cluster_tokens(self.grid, cluster), persistent=False)          # [M, K]
         seen_place = torch.arange(M - 1).repeat_interleave(self.visible_count)      # [S]: 0 0 .. 1 1 .. M-2
         queried_place = torch.arange(predict_after, M).repeat_interleave(K)         # [Q]: 1 1 .. 2 2 .. M-1
-        own_and_earlier = seen_place[:, None] >= seen_place                         # [S, S]
+        own_or_earlier = seen_place[:, None] >= seen_place                          # [S, S]
         earlier = queried_place[:, None] > seen_place                               # [Q, S]
-        self.register_buffer("encoder_mask", own_and_earlier, persistent=False)
+        self.register_buffer("encoder_mask", own_or_earlier, persistent=False)
         self.register_buffer("decoder_mask", earlier, persistent=False)
 
     def draw(self, batch, generator=None):
@@ -359,21 +348,18 @@ class ARVideo(nn.Module):
         return prediction.unflatten(2, (3, -1))
 
     def statistics(self, cubes):
-        """What normalises the target: each cube's mean and standard deviation [..., 1] for each colour; without
-        normalise_target 0 and 1."""
+        """Each cube's mean and standard deviation [..., 1], for each colour; without normalise_target 0 and 1."""
         if not self.normalise_target:
             return 0.0, 1.0
         deviation, mean = torch.std_mean(cubes, dim=-1, keepdim=True)
         return mean, deviation + 1e-6                   # a flat cube must not divide by zero
 
     def target(self, video, cubes):
-        """What is predicted, before normalisation [B, N, 3, P]: the cubes [B, N, 3, P] of the video themselves. Another
-        target overrides this."""
+        """What is predicted, before normalisation [B, N, 3, P]: here the cubes themselves. A fork overrides this."""
         return cubes
 
     def forward(self, video, order, visible):
-        """The loss, a scalar. video [B, 3, T, H, W], with ImageNet's mean and deviation removed; order and visible as
-        draw() gives them."""
+        """The loss, a scalar. video [B, 3, T, H, W] as data.normalise gives it, order and visible as draw() does."""
         cubes = video_to_cubes(video, self.cube)                                    # [B, N, 3, P]
         seen, queried = self.line_up(order, visible)                                # [B, S], [B, Q]
         prediction = self.predict(cubes, seen, queried)                             # [B, Q, 3, P]
@@ -384,9 +370,7 @@ class ARVideo(nn.Module):
     @torch.no_grad()
     def reconstruct(self, video, order, visible):
         """The tokens that the encoder sees and the predictions, as two videos [B, 3, T, H, W] that are zero elsewhere.
-
-        With normalise_target a cube's mean and deviation come from the true video: what varies inside is predicted.
-        """
+        With normalise_target a cube's mean and deviation come from the true video: what varies inside is predicted."""
         cubes = video_to_cubes(video, self.cube)
         seen, queried = self.line_up(order, visible)
         mean, deviation = self.statistics(take(self.target(video, cubes), queried))
@@ -399,10 +383,8 @@ class ARVideo(nn.Module):
 
 def pretrained_encoder(checkpoint, model=ARVideo):
     """The encoder alone, for transfer (3.3.3), from a checkpoint of train_pretrain.py's; `model` is a fork's class.
-
     Without a mask every token attends to every other: encoder.features(video [B, 3, T, H, W]) -> [B, N, D].
-    Raises RuntimeError, naming the tensors, if the weights do not fit the configuration saved with them.
-    """
+    Raises RuntimeError, naming the tensors, if the weights do not fit the configuration saved with them."""
     encoder = model(**checkpoint["config"]["model"]).encoder
     encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in checkpoint["model"].items()
                              if name.startswith("encoder.")})       # with the dot: encoder_to_decoder stays behind

@@ -14,9 +14,8 @@ import csv
 import json
 import math
 import os
-import shutil
 import sys
-import uuid
+import tempfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial, reduce
 from pathlib import Path
@@ -31,23 +30,21 @@ from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"}
-IMAGENET_MEAN, IMAGENET_STD = (torch.tensor(rgb).view(3, 1, 1, 1) for rgb in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
 
 
 # --- Annotations, read as downloaded --------------------------------------------------------------
 
-def read_annotations(source, root="", classes=None, quiet=False):
+def read_annotations(source, root="", classes=None):
     """Videos of a data set: ([(path, label or None), ...], class names or None).
-
     `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's JSON (with labels.json
     beside it) or a list of lines `path` or `path label`, itself under `root` or not; its content tells which. Videos
     lie under `root`, which is the annotations' own folder if empty; those of a list in either. `classes`, the names of
-    the training set, fixes the class numbers; without it Kinetics' labels are numbered in alphabetical order. Files
-    that do not exist are counted on stderr, the first of them named, unless `quiet`. Raises ValueError naming the file,
-    the line and what is wrong with it.
-    """
+    the training set, fixes the class numbers. Files that do not exist are counted on stderr. Raises ValueError naming
+    the file, the line and what is wrong with it."""
     places = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
-    source = next((place for place in places if place.exists()), None)
+    source = next(filter(Path.exists, places), None)
     if source is None:
         raise ValueError(f"{' and '.join(map(str, places))}: there is no such annotation file; "
                          "look at data.root, data.train and data.val")
@@ -66,13 +63,13 @@ def read_annotations(source, root="", classes=None, quiet=False):
     elif "youtube_id" in first:
         entries, classes = read_kinetics(source, text, classes)
     else:
-        return read_list(source, text, root, classes, quiet)
+        return read_list(source, text, root, classes)
     files = {Path(name).stem: Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
              for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES}
-    return existing(source, root, [(files.get(stem), stem, label) for stem, label in entries], quiet), classes
+    return existing(source, root, [(files.get(stem), stem, label) for stem, label in entries]), classes
 
 
-def existing(source, root, entries, quiet):
+def existing(source, root, entries):
     """The (path, label) of the (path or None, name, label) whose file is there; the others are reported."""
     if not entries:
         raise ValueError(f"{source}: the annotation file is empty: it lists no videos")
@@ -80,9 +77,9 @@ def existing(source, root, entries, quiet):
     if len(missing) == len(entries):
         raise ValueError(f"{source}: none of its {len(entries)} videos is under {root} (first: {missing[0]}); "
                          "set data.root")
-    if missing and not quiet:
-        print(f"{source}: {len(missing)} of {len(entries)} videos are not under {root}: "
-              f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}", file=sys.stderr)
+    if missing and os.environ.get("RANK", "0") == "0":  # torchrun's first process says it for all
+        print(f"{source}: {len(missing)} of {len(entries)} videos are not under {root}, first {', '.join(missing[:5])}",
+              file=sys.stderr)
     return [(str(path), label) for path, _, label in entries if path is not None]
 
 
@@ -100,17 +97,15 @@ def read_folder(source, classes):
 def read_kinetics(source, text, classes):
     """label,youtube_id,time_start,time_end,split -> ([(file stem, label), ...], class names)"""
     rows = csv.DictReader(text.splitlines())
-    absent = {"label", "youtube_id", "time_start", "time_end"} - set(rows.fieldnames)
-    if absent:
-        raise ValueError(f"{source}: the column {', '.join(sorted(absent))} is missing; "
-                         f"the header has {', '.join(rows.fieldnames)}")
+    if absent := {"label", "youtube_id", "time_start", "time_end"} - set(rows.fieldnames):
+        raise ValueError(f"{source}: the column {', '.join(sorted(absent))} is missing in {','.join(rows.fieldnames)}")
     entries = []
     for row in rows:
         try:
-            stem = f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
-        except (TypeError, ValueError):
+            start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
+        except (OverflowError, TypeError, ValueError):
             raise ValueError(f"{source}:{rows.line_num}: the times are not numbers: {dict(row)}") from None
-        entries.append((stem, row["label"]))
+        entries.append((f"{row['youtube_id']}_{start:06d}_{end:06d}", row["label"]))
     return number(source, entries, classes)
 
 
@@ -131,42 +126,40 @@ def read_ssv2(source, text, classes):
 
 
 def number(source, entries, classes):
-    """[(video, class name), ...] -> ([(video, class number), ...], class names); without `classes` in alphabetical order."""
+    """[(video, class name), ...] -> ([(video, class number), ...], class names); alphabetical without `classes`."""
     classes = classes or sorted({label for _, label in entries})
     numbers = {name: i for i, name in enumerate(classes)}
-    unknown = sorted({label for _, label in entries} - set(numbers))
-    if unknown:
-        raise ValueError(f"{source}: the class '{unknown[0]}' is not among the {len(classes)} known ones")
+    if unknown := {label for _, label in entries} - set(numbers):
+        raise ValueError(f"{source}: the class '{min(unknown)}' is not among the {len(classes)} known ones")
     return [(video, numbers[label]) for video, label in entries], classes
 
 
 def find(name, folders):
     """The file `name` below one of the folders, or what `shrink` made of it, or None."""
-    variants = [name, Path(name).with_suffix(".mp4")] if Path(name).suffix.lower() in VIDEO_SUFFIXES else [name]
-    places = (folder / variant for folder in folders for variant in variants)
-    return next((path for path in places if path.is_file()), None)
+    places = (folder / variant for folder in folders for variant in (name, os.path.splitext(name)[0] + ".mp4"))
+    return next(filter(Path.is_file, places), None)
 
 
-def read_list(source, text, root, classes, quiet):
+def read_list(source, text, root, classes):
     """Lines `path label` or, for pretraining, `path`; paths may hold spaces. classes.txt beside it has the names."""
     entries = []
-    for line_number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
+    for line_number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line:
             continue
-        name, _, label = line.strip().rpartition(" ")
+        name, _, label = line.rpartition(" ")
         if not (name and label.isdecimal()):
-            name, label = line.strip(), None
+            name, label = line, None
         if entries and (label is None) != (entries[0][2] is None):
             raise ValueError(f"{source}:{line_number}: expected `path{' label' if label is None else ''}`, "
-                             f"as in the lines before, found: {line.strip()[:200]}")
+                             f"as in the lines before, found: {line[:200]}")
         path = find(name, (root, source.parent))
-        if path is None and label is None and find(line.strip().rpartition(" ")[0], (root, source.parent)):
-            raise ValueError(f"{source}:{line_number}: the label is not a number: {line.strip()[:200]}")
+        if path is None and label is None and find(line.rpartition(" ")[0], (root, source.parent)):
+            raise ValueError(f"{source}:{line_number}: the label is not a number: {line[:200]}")
         entries.append((path, name, label and int(label)))
     names = source.with_name("classes.txt")
     if classes is None and names.is_file():
         classes = list(filter(None, map(str.strip, names.read_text(encoding="utf-8").split("\n"))))
-    return existing(source, root, entries, quiet), classes
+    return existing(source, root, entries), classes
 
 
 # --- Decoding -------------------------------------------------------------------------------------
@@ -198,11 +191,8 @@ def open_video(path):
 
 def read_clips(path, choose):
     """Decode clips of one video: choose(number of frames) -> [[frame number, ...], ...].
-
-    Returns one uint8 tensor [T, H, W, 3] (RGB, upright) for every inner list. Numbers beyond the last frame
-    repeat it. Raises UnreadableVideo naming the file. Where timestamps can be trusted, only what the wanted frames need
-    is decoded; only they are converted to RGB.
-    """
+    Returns a uint8 tensor [T, H, W, 3] (RGB, upright) for every inner list; numbers beyond the last frame repeat it.
+    UnreadableVideo names the file. Where timestamps can be trusted, only what the wanted frames need is decoded."""
     with open_video(path) as (container, stream):
         packets = read_packets(container, stream)
         if timestamps_are_an_index(container, stream, packets):
@@ -218,9 +208,7 @@ def read_packets(container, stream):
     """The stream's packets, up to a break. Reading them is cheap, and they are an index that no header falsifies."""
     packets = []
     with contextlib.suppress(av.error.FFmpegError):     # what was read before a file breaks off is good
-        for packet in container.demux(stream):
-            if packet.size and not packet.is_corrupt:
-                packets.append(packet)
+        packets.extend(packet for packet in container.demux(stream) if packet.size and not packet.is_corrupt)
     if all(packet.is_discard for packet in packets):
         raise ValueError("it holds no video frames")
     return packets
@@ -248,7 +236,7 @@ def decode_indexed(codec, packets, wanted):
             codec.skip_frame = "DEFAULT" if packets[i].pts in wanted else "NONREF"
         gap = i + 1 not in needed                       # before it, None drains the decoder
         for packet in (packets[i], None) if gap else (packets[i],):
-            frames.update((frame.pts, to_rgb(frame)) for frame in codec.decode(packet) if frame.pts in wanted)
+            frames.update((frame.pts, convert(frame)) for frame in codec.decode(packet) if frame.pts in wanted)
         if gap:
             codec.flush_buffers()
     if len(frames) < len(wanted):
@@ -264,7 +252,7 @@ def decode_counted(codec, packets, choose):
         wanted, frames, count = {i for clip in clips for i in clip}, {}, 0
         for frame in (frame for packet in [*packets, None] for frame in codec.decode(packet)):
             if count in wanted:
-                frames[count] = to_rgb(frame)
+                frames[count] = convert(frame)
                 if len(frames) == len(wanted):
                     return clips, frames
             count += 1
@@ -272,14 +260,11 @@ def decode_counted(codec, packets, choose):
     raise ValueError("none of its frames decodes")
 
 
-def refuse_damaged(frame):
+def convert(frame, format="rgb24", **size):
+    """The frame in another format (None: its own) and size; ValueError if it is damaged."""
     if frame.is_corrupt:
         raise ValueError(f"the frame at {frame.time} s is damaged")
-
-
-def to_rgb(frame):
-    refuse_damaged(frame)
-    return REFORMATTER.reformat(frame, format="rgb24", threads=1)       # default: a thread pool for every frame
+    return REFORMATTER.reformat(frame, format=format, **size, threads=1)       # default: a thread pool for every frame
 
 
 def assemble(clips, frames):
@@ -288,7 +273,7 @@ def assemble(clips, frames):
     views = {}
     for key, frame in frames.items():
         if (frame.width, frame.height) != (first.width, first.height):
-            frame = REFORMATTER.reformat(frame, width=first.width, height=first.height, threads=1)
+            frame = convert(frame, width=first.width, height=first.height)
         plane = frame.planes[0]
         views[key] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(
             (frame.height, frame.width, 3), (plane.line_size, 3, 1))
@@ -305,8 +290,9 @@ def dense_clips(count, frames, stride, clips=1):
     return [[start + i * stride for i in range(frames)] for start in starts]
 
 
-def multi_scale_crop(clip, size):
-    """VideoMAE's crop of a clip [T, 3, H, W]: two scales at most one step apart, one of 13 positions, bilinear."""
+def pretraining_clip(clip, size, flip):
+    """[T, 3, H, W] -> [T, 3, size, size]: VideoMAE's multi-scale crop, of two scales at most one step apart at one of
+    13 positions, bilinear; and a flip where it is asked for."""
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
     quarters = [(x, y) for x in (0, 2, 4) for y in (0, 2, 4)] + [(1, 1), (3, 1), (1, 3), (3, 3)]     # of the margin
@@ -314,12 +300,7 @@ def multi_scale_crop(clip, size):
     height, width = (max(1, int(min(H, W) * scale)) for scale in pairs[torch.randint(len(pairs), ()).item()])
     x, y = quarters[torch.randint(len(quarters), ()).item()]
     top, left = (H - height) // 4 * y, (W - width) // 4 * x
-    return tv.resized_crop(clip, top, left, height, width, [size, size], antialias=True)
-
-
-def pretraining_clip(clip, size, flip):
-    """[T, 3, H, W] -> [T, 3, size, size]: multi-scale crop, and a flip where it is asked for."""
-    clip = multi_scale_crop(clip, size)
+    clip = tv.resized_crop(clip, top, left, height, width, [size, size], antialias=True)
     return clip.flip(-1) if flip and torch.rand(()) < 0.5 else clip
 
 
@@ -352,11 +333,8 @@ def spatial_views(clip, size, crops):
 
 def rand_augment(clip, operations, magnitude):
     """rand-m<magnitude>-n<operations>-mstd0.5-inc1 of a clip [T, 3, H, W], uint8: the same draw for all frames.
-
-    Each operation is drawn from 15 and applied with probability 0.5. Written here because torchvision's
-    RandAugment has neither that probability nor these strengths. Warps are bilinear (VideoMAE's: bicubic),
-    as torchvision warps tensors.
-    """
+    Each operation is one of 15, applied with probability 0.5; torchvision's RandAugment has neither that probability
+    nor these strengths. Warps are bilinear (VideoMAE's: bicubic), as torchvision warps tensors."""
     H, W = clip.shape[-2:]
     for _ in range(operations):
         which, sign = torch.randint(15, ()).item(), 1 if torch.rand(()) < 0.5 else -1
@@ -418,16 +396,12 @@ def seed_of(*numbers):
 
 class Videos(Dataset):
     """Clips of listed videos. Item (epoch, i) -> (clips uint8 [R, 3, T, S, S], label, unreadable videos).
+    choose(number of frames) -> R lists of frame numbers; augment(clip [T, 3, H, W]) -> [T, 3, S, S]. Both draw from
+    torch's generator, which is seeded by (seed, epoch, i). In place of an unreadable video another one is drawn,
+    `draws` videos in all; then UnreadableVideo is raised. A video without a label has -1."""
 
-    choose(number of frames) -> R lists of frame numbers; augment(clip [T, 3, H, W]) -> [T, 3, S, S]. Both draw
-    from torch's generator, which is seeded by (seed, epoch, i). In place of an unreadable video another one
-    is drawn, `DRAWS` videos in all; then UnreadableVideo is raised. A video without a label has -1.
-    """
-
-    DRAWS = 10
-
-    def __init__(self, entries, choose, augment, seed):
-        self.entries, self.choose, self.augment, self.seed = entries, choose, augment, seed
+    def __init__(self, entries, choose, augment, seed, draws=10):
+        self.entries, self.choose, self.augment, self.seed, self.draws = entries, choose, augment, seed, draws
 
     def __len__(self):
         return len(self.entries)
@@ -437,7 +411,7 @@ class Videos(Dataset):
         failures = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, epoch, i))
-            while len(failures) < self.DRAWS:
+            while len(failures) < self.draws:
                 path, label = self.entries[i]
                 try:
                     clips = read_clips(path, self.choose)       # R x [T, H, W, 3]
@@ -447,7 +421,7 @@ class Videos(Dataset):
                 except UnreadableVideo as error:
                     failures.append(str(error))
                     i = torch.randint(len(self.entries), ()).item()
-        raise UnreadableVideo(f"{self.DRAWS} videos in a row are unreadable; the last: {failures[-1]}")
+        raise UnreadableVideo(f"{self.draws} videos in a row are unreadable; the last: {failures[-1]}")
 
 
 def collate(items):
@@ -463,9 +437,6 @@ class Views(Dataset):
     def __init__(self, entries, choose, size, crops):
         self.entries, self.choose, self.size, self.crops = entries, choose, size, crops
 
-    def __len__(self):
-        return len(self.entries)
-
     def __getitem__(self, i):
         try:
             clips = read_clips(self.entries[i][0], self.choose)
@@ -477,11 +448,9 @@ class Views(Dataset):
 
 def training_order(size, batch, first, steps, seed, rank, world):
     """(epoch, sample) of everything that one process reads from step `first` to step `steps`.
-
-    Every epoch is a permutation of its own, the same in all processes. A step takes the next `batch` of
-    it, and process `rank` of `world` every world-th of those: how many processes there are changes who
-    reads a sample, never which samples make up a step. What does not fill a batch is left out.
-    """
+    Every epoch is a permutation of its own, the same in all processes. A step takes the next `batch` of it, process
+    `rank` of `world` every world-th of those: however many there are, the samples of a step are the same. What does not
+    fill a batch is left out."""
     for step in range(first, steps):
         epoch, place = divmod(step, size // batch)
         if step == first or place == 0:
@@ -499,10 +468,8 @@ TOY_ROOT = Path("data/toy")
 
 def toy_clip(motion, generator):
     """uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3]: a window that moves steadily over a texture of several octaves.
-
-    Place, angle, zoom and brightness in mid-clip are random for every class and only the class's own motion
-    changes them, so that the middle frame tells nothing of the class and the others hardly more.
-    """
+    Place, angle, zoom and brightness in mid-clip are random for every class and only the class's own motion changes
+    them, so that the middle frame tells nothing of the class and the others hardly more."""
     octaves = (torch.randn(1, 1, n, n, generator=generator) for n in (8, 16, 32))
     texture = sum(F.interpolate(octave, size=(128, 128), mode="bicubic") for octave in octaves)
     x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
@@ -513,9 +480,9 @@ def toy_clip(motion, generator):
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([moved * (motion in (0, 1)), moved * (motion in (2, 3))], 1).unsqueeze(2)       # pixels
     place = rotation @ (shift * 2 / 128) + (torch.tensor([[x], [y]]) - 0.5) * 0.4
-    window = torch.cat([rotation * torch.exp(-zoom).view(-1, 1, 1) * TOY_SIZE / 128, place], 2)                  # [T, 2, 3]
-    window = F.affine_grid(window, (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE), align_corners=False)
-    frames = F.grid_sample(texture.expand(TOY_FRAMES, 3, -1, -1), window, padding_mode="reflection", align_corners=False)
+    window = torch.cat([rotation * torch.exp(-zoom).view(-1, 1, 1) * TOY_SIZE / 128, place], 2)    # [T, 2, 3]
+    grid = F.affine_grid(window, (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE), align_corners=False)
+    frames = F.grid_sample(texture.expand(TOY_FRAMES, 3, -1, -1), grid, padding_mode="reflection", align_corners=False)
     return (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
@@ -523,13 +490,11 @@ def write_video(path, frames):
     """Write uint8 frames [T, H, W, 3] as H.264, the same bits every time: one thread, and a fixed quantiser,
     since x264's rate control differs from run to run on frames this small."""
     with av.open(str(path), "w", format="mp4") as container:
-        options = {"qp": "12", "preset": "veryfast", "tune": "fastdecode"}
-        stream = container.add_stream("libx264", rate=12, options=options)
-        stream.codec_context.thread_count = 1
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream = container.add_stream("libx264", rate=12, height=frames.shape[1], width=frames.shape[2], thread_count=1,
+                                      options={"qp": "12", "preset": "veryfast", "tune": "fastdecode"})
         for frame in frames.numpy():
             frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            container.mux(stream.encode(REFORMATTER.reformat(frame, format="yuv420p", threads=1)))
+            container.mux(stream.encode(convert(frame, "yuv420p")))
         container.mux(stream.encode())
 
 
@@ -539,22 +504,20 @@ def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
     root = Path(root).expanduser()
     if root.exists():
         return
-    temporary = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
-    for split in clips:
-        (temporary / split).mkdir(parents=True)
+    root.parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    lists = {split: [f"{split}/{i:05d}.mp4 {i % len(TOY_CLASSES)}" for i in range(total)] for split, total in clips.items()}
-    for line in tqdm(sum(lists.values(), []), desc="making the toy set", unit="video"):
-        name, motion = line.split()
-        write_video(temporary / name, toy_clip(int(motion), generator))
-    for name, lines in dict(lists, few=lists["train"][:10 * len(TOY_CLASSES)], classes=TOY_CLASSES).items():
-        (temporary / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    try:
-        temporary.rename(root)
-    except OSError:                                     # another run was faster: its set is the same
-        shutil.rmtree(temporary)
-        if not root.exists():
-            raise
+    lists = {split: [f"{split}/{i:05d}.mp4 {i % len(TOY_CLASSES)}" for i in range(n)] for split, n in clips.items()}
+    with tempfile.TemporaryDirectory(prefix=".", dir=root.parent) as folder:
+        temporary = Path(folder, root.name)
+        for split in clips:
+            (temporary / split).mkdir(parents=True)
+        for line in tqdm(sum(lists.values(), []), desc="making the toy set", unit="video"):
+            name, motion = line.split()
+            write_video(temporary / name, toy_clip(int(motion), generator))
+        for name, lines in dict(lists, few=lists["train"][:10 * len(TOY_CLASSES)], classes=TOY_CLASSES).items():
+            (temporary / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        with contextlib.suppress(OSError):              # another run was faster: its set is the same
+            temporary.rename(root)
 
 
 # --- Commands: check and shrink -------------------------------------------------------------------
@@ -566,7 +529,7 @@ def unreadable_reason(path):
             packets, count = [packet for packet in container.demux(stream) if packet.size], 0
             for packet in [*packets, None]:             # None drains the decoder
                 for frame in stream.codec_context.decode(packet):
-                    refuse_damaged(frame)
+                    convert(frame, format=None)         # refuses a damaged one
                     count += 1
             exact = timestamps_are_an_index(container, stream, packets)
             wanted = sum(not packet.is_discard for packet in packets) if exact else 1
@@ -577,40 +540,34 @@ def unreadable_reason(path):
 
 
 def failures(function, jobs, workers):
-    """The reasons that function(job) returns for jobs that failed; with several processes and a progress bar. Raises
-    BrokenExecutor if one of them is killed."""
+    """The reasons that function(job) returns for jobs that failed. BrokenExecutor if one of the processes is killed."""
     with ProcessPoolExecutor(workers) as pool:
         return sorted(filter(None, tqdm(pool.map(function, jobs, chunksize=4), total=len(jobs), unit="video")))
 
 
 def shrink_video(job, short_side, key_frames):
-    """Re-encode a video (source, target) as H.264 without audio: at most `short_side` pixels, a key frame every `key_frames`.
-
-    Frames and their times stay; a rotation in the header is carried out. Returns None or why it failed.
-    """
+    """Re-encode a video (source, target) as H.264 without audio: `short_side` pixels at most, a key frame every
+    `key_frames`. Frames and their times stay; a rotation in the header is carried out. Returns None or the reason."""
     source, target = job
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode", "x264-params": "b-pyramid=none"}
     try:
         with av.open(str(temporary), "w", format="mp4") as writer, open_video(source) as (container, stream):
-            output, last = None, None
+            output, last = None, -math.inf
             for frame in container.decode(stream):
-                refuse_damaged(frame)
-                pts = frame.pts if frame.pts is not None and (last is None or frame.pts > last) else (last or 0) + 1
+                pts = frame.pts or 0
                 if frame.rotation:
-                    upright = assemble([[0]], {0: to_rgb(frame)})[0][0].contiguous()
+                    upright = assemble([[0]], {0: convert(frame)})[0][0].contiguous()
                     frame = av.VideoFrame.from_ndarray(upright.numpy(), format="rgb24")
                 if output is None:
-                    output = writer.add_stream("libx264", rate=stream.average_rate or 25, options=options)
-                    output.codec_context.time_base = stream.time_base
-                    output.codec_context.thread_count = 1
                     scale = min(1, short_side / min(frame.width, frame.height))
-                    output.width, output.height = (max(2, round(side * scale / 2) * 2)
-                                                   for side in (frame.width, frame.height))
-                    output.pix_fmt = "yuv420p"
-                frame = REFORMATTER.reformat(frame, output.width, output.height, "yuv420p", threads=1)
-                frame.pts, frame.time_base, frame.pict_type, last = pts, stream.time_base, 0, pts
+                    width, height = (max(2, round(side * scale / 2) * 2) for side in (frame.width, frame.height))
+                    output = writer.add_stream("libx264", rate=stream.average_rate or 25, width=width, height=height,
+                                               time_base=stream.time_base, thread_count=1, options=options)
+                last = max(pts, last + 1)               # times that do not grow are corrected
+                frame = convert(frame, "yuv420p", width=width, height=height)
+                frame.pts, frame.time_base, frame.pict_type = last, stream.time_base, 0
                 writer.mux(output.encode(frame))
             if output is None:
                 raise ValueError("none of its frames decodes")
@@ -622,10 +579,9 @@ def shrink_video(job, short_side, key_frames):
 
 
 def shrink(source, target, short_side, key_frames, workers):
-    """Re-encode all videos below the folder `source` to <same name>.mp4 below `target`, those already there
-    left alone; returns the reasons of those that failed. Raises ValueError where there is nothing to do, or two sources
-    for one target."""
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    """Re-encode all videos below the folder `source` to <same name>.mp4 below `target`, those already there left
+    alone; returns the reasons of those that failed. ValueError if there are none, or two for one target."""
+    source, target = (Path(folder).expanduser().resolve() for folder in (source, target))
     jobs = {}
     for path in sorted(source.rglob("*")):
         if path.suffix.lower() in VIDEO_SUFFIXES and target not in path.parents:
@@ -641,27 +597,24 @@ def shrink(source, target, short_side, key_frames, workers):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Try every video of a data set, or re-encode a folder of videos.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    checking = commands.add_parser("check", help="decode every video of a preset's lists and name the unreadable ones")
-    checking.add_argument("arguments", nargs="*", metavar="PRESET or section.key=value")
-    shrinking = commands.add_parser("shrink", help="re-encode all videos of a folder, small and with close key frames")
-    shrinking.add_argument("source", metavar="SRC")
-    shrinking.add_argument("target", metavar="DST")
-    shrinking.add_argument("--short-side", type=int, default=320, help="pixels, at most (default 320)")
-    shrinking.add_argument("--key-frames", type=int, default=32, help="frames between key frames (default 32)")
-    shrinking.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("check", "shrink"))
+    parser.add_argument("arguments", nargs="*", metavar="PRESET, section.key=value, SRC or DST")
+    parser.add_argument("--short-side", type=int, default=320, help="of shrink: pixels, at most (default 320)")
+    parser.add_argument("--key-frames", type=int, default=32, help="of shrink: frames between key frames (default 32)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     options = parser.parse_args()
+    if options.command == "shrink" and len(options.arguments) != 2:
+        parser.error("shrink needs SRC and DST")
 
     import train_pretrain       # not at the top: it imports this module
     with train_pretrain.one_sentence(ValueError, BrokenExecutor):
         if options.command == "shrink":
-            reasons = shrink(options.source, options.target, options.short_side, options.key_frames, options.workers)
+            reasons = shrink(*options.arguments, options.short_side, options.key_frames, options.workers)
         else:
-            config = train_pretrain.load_config(options.arguments, "pretrain")
-            train, val, _ = train_pretrain.read_lists(config, train_pretrain.Process(0, 1, torch.device("cpu")))
+            train, val, _ = train_pretrain.read_lists(train_pretrain.load_config(options.arguments, "pretrain"))
             paths = list(dict.fromkeys(path for path, _ in train + val))    # a list may name a video twice
-            reasons = failures(unreadable_reason, paths, max(1, config["run"]["workers"]))
+            reasons = failures(unreadable_reason, paths, options.workers)
     print(*reasons, f"{len(reasons)} unreadable", sep="\n")
     raise SystemExit(1 if reasons else 0)
 

@@ -1,10 +1,10 @@
 """
 Fine-tune or probe a pretrained encoder, and test it on several views of every video (section 4).
 
-    python train_finetune.py [PRESET ...] [section.key=value ...]                   after train_pretrain.py of that preset
-    python train_finetune.py k400 linear                                            a linear probe
-    python train_finetune.py k400 finetune.test_only=true                           the test alone
-    torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2         eight GPUs
+    python train_finetune.py [PRESET ...] [section.key=value ...]           after train_pretrain.py of that preset
+    python train_finetune.py k400 linear                                    a linear probe
+    python train_finetune.py k400 finetune.test_only=true                   the test alone
+    torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2 eight GPUs
 
 Writes last.pt, best.pt (the best on validation), log.jsonl, results.json, predictions.csv and, where classes
 are few, confusion.png to run.output.
@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import CutMix, MixUp
 from torchvision.tv_tensors import Video
@@ -30,8 +29,8 @@ from tqdm import tqdm
 
 import data
 from arvideo import DecoderBlock, Encoder, LayerNorm, initialise
-from train_pretrain import (adamw, fit, give_up, ignore_signals, load_checkpoint, load_config, mixed_precision,
-                            one_sentence, read_lists, save_checkpoint, start_process, start_workers)
+from train_pretrain import (adamw, fit, give_up, load_checkpoint, load_config, mixed_precision, one_sentence,
+                            read_lists, save_checkpoint, start_process, start_workers)
 
 # The keys of section `model` that change the encoder's weights or what they mean
 ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
@@ -105,7 +104,7 @@ def mix_videos(clips, labels, mixes, repeats):
 
 
 def layer_decay(depth, decay):
-    """scale(parameter name): 1 for the head and for a probe, times `decay` for every layer below; least for the cube embedding."""
+    """scale(parameter name): 1 for the head and for a probe, times `decay` for every layer below."""
     def scale(name):
         layer = 0 if name.startswith("patch_embed.") else depth + 1
         if name.startswith("blocks."):
@@ -124,21 +123,17 @@ def build_model(config, classes):
 # --- Weights to start from ------------------------------------------------------------------------
 
 def load_weights(model, path, config):
-    """Load a checkpoint of ours or VideoMAE's into a Classifier or a Probe; returns a sentence on what was
-    taken, and whether that is everything, the head included.
-
-    Strict: only the head and its norm may be new, and of the encoder only its final norm may be left behind. SystemExit
-    lists what is missing, unexpected or of another shape, and says which size differs where the file tells.
-    """
+    """Load a checkpoint of ours or VideoMAE's into a Classifier or a Probe; returns a sentence on what was taken, and
+    whether that is everything, the head included. Strict: only the head and its norm may be new, and of the encoder
+    only its final norm may be left behind. SystemExit lists what is missing, unexpected or of another shape."""
     content = load_checkpoint(path)
     state = content.get("model", content.get("module")) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise SystemExit(f"{path}: there are no weights under the key `model`")
     origin = next((f"{path} after {key} {content[key]}" for key in ("step", "epoch") if key in content), path)
     saved = content.get("config", {}).get("model", {})
-    differing = [f"model.{key} is {config['model'][key]}, the checkpoint's {saved[key]}"
-                 for key in ENCODER_KEYS if key in saved and saved[key] != config["model"][key]]
-    if differing:
+    if differing := [f"model.{key} is {config['model'][key]}, the checkpoint's {saved[key]}"
+                     for key in ENCODER_KEYS if key in saved and saved[key] != config["model"][key]]:
         raise SystemExit(f"{path} holds another model: {'; '.join(differing)}")
 
     own = model.state_dict()
@@ -181,26 +176,24 @@ def sampler(config, dense, segments, clips):
 @torch.no_grad()
 def evaluate(model, entries, config, process, autocast, clips, crops):
     """[(i, probabilities [classes] or None, reason or None), ...] for every video, in the first process; [] elsewhere.
-
-    A video's probabilities are the mean over its clips x crops views of each view's softmax. Each process
-    takes every world-th video: none is padded or counted twice. Unreadable ones have no probabilities.
-    """
+    A video's probabilities are the mean over its clips x crops views of each view's softmax. Each process takes every
+    world-th video: none is padded or counted twice. Unreadable ones have no probabilities."""
     choose = sampler(config, data.dense_views, data.segment_views, clips)
     at_once = config["run"]["max_batch"] or 32          # views; more would fill the workers' queues with gigabytes
-    loader = DataLoader(data.Views(entries, choose, config["model"]["size"], crops), max(1, at_once // (clips * crops)),
-                        sampler=range(process.rank, len(entries), process.world), collate_fn=list,
-                        num_workers=config["run"]["workers"], worker_init_fn=ignore_signals)
+    videos = data.Views(entries, choose, config["model"]["size"], crops)
+    batches = start_workers(config["run"], process, videos, max(1, at_once // (clips * crops)),
+                            range(process.rank, len(entries), process.world), list)
     results = []
     model.eval()
-    bar = tqdm(start_workers(loader), desc="testing", total=len(loader), unit="batch", leave=False, disable=process.rank > 0)
-    for batch in bar:
+    for batch in tqdm(batches, desc="testing", unit="batch", leave=False, disable=process.rank > 0):
         results += [(i, None, reason) for i, views, reason in batch if views is None]
         if readable := [(i, views) for i, views, _ in batch if views is not None]:
             views = torch.cat([views for _, views in readable])                     # [n V, 3, T, S, S]
             with autocast():
                 logits = torch.cat([model(data.normalise(part, process.device)) for part in views.split(at_once)])
             probabilities = logits.float().softmax(1).unflatten(0, (len(readable), -1)).mean(1).cpu()
-            results += [(i, p.clone(), None) for (i, _), p in zip(readable, probabilities)]     # a view would travel with its batch
+            # Cloned: a view would travel to the first process with its whole batch
+            results += [(i, p.clone(), None) for (i, _), p in zip(readable, probabilities)]
     if process.world > 1:
         gathered = [None] * process.world if process.rank == 0 else None
         dist.gather_object(results, gathered)
@@ -244,17 +237,16 @@ def write_results(output, results, entries, classes, **about):
 
 # --- Fine-tuning ----------------------------------------------------------------------------------
 
-def labelled_lists(config, process):
+def labelled_lists(config):
     """(training videos, validation videos, class names), every video with a label below the number of classes."""
-    train, val, classes = read_lists(config, process)
+    train, val, classes = read_lists(config)
     for name, entries in (("train", train), ("val", val)):
         if not entries or entries[0][1] is None:
-            raise SystemExit(f"data.{name}={config['data'][name]} has no labels: fine-tuning needs lists of `path label`")
+            raise SystemExit(f"data.{name}={config['data'][name]} has no labels, which fine-tuning needs")
     classes = classes or [str(c) for c in range(max(label for _, label in train) + 1)]
     for path, label in train + val:
         if label >= len(classes):
-            raise SystemExit(f"{path} has the label {label}, but there are {len(classes)} classes, "
-                             f"0 to {len(classes) - 1}")
+            raise SystemExit(f"{path} has the label {label}, but there are {len(classes)} classes, from 0 on")
     return train, val, classes
 
 
@@ -264,7 +256,7 @@ def start_from(model, config):
     if config["finetune"]["test_only"]:
         sentence, complete = load_weights(model, init, config)
         if not complete:
-            raise SystemExit(f"finetune.test_only: {init} holds no classifier of these classes; name one by finetune.init")
+            raise SystemExit(f"finetune.test_only: {init} holds no classifier of these classes; set finetune.init")
         return sentence
     if any((output / name).exists() for name in ("last.pt", "previous.pt")):
         return f"{output}, if it goes on"               # a run goes on without the file that it started from
@@ -280,7 +272,7 @@ def main():
     precision = autocast, _ = mixed_precision(run["precision"], process.device)
     torch.manual_seed(run["seed"])
     with one_sentence(ValueError):
-        train, val, classes = labelled_lists(config, process)
+        train, val, classes = labelled_lists(config)
         model = build_model(config, len(classes)).to(process.device)
         choose = sampler(config, data.dense_clips, data.segment_clips, settings["clips_per_video"])
     origin = start_from(model, config)
@@ -306,8 +298,8 @@ def main():
         torch.manual_seed(data.seed_of(run["seed"], step, int(rows[0])))
         clips, labels = data.normalise(batch[0], process.device), batch[1].to(process.device)
         if mixes and len(clips) == repeats:
-            give_up(process, "finetune.mixup and finetune.cutmix mix different videos, but a process takes one at a time: "
-                             "raise finetune.batch or run.max_batch, or set both to 0")
+            give_up(process, "finetune.mixup and finetune.cutmix mix different videos, but a process takes one at a "
+                             "time: raise finetune.batch or run.max_batch, or set both to 0")
         if mixes:
             clips, labels = mix_videos(clips, labels, mixes, repeats)
         return F.cross_entropy(forward(clips).float(), labels, label_smoothing=settings["label_smoothing"])
@@ -325,22 +317,23 @@ def main():
             return dict(top1=scores["top1"], top5=scores["top5"])
 
     if not settings["test_only"]:
-        optimizer = adamw(model, settings, process.device, layer_decay(config["model"]["depth"], settings["layer_decay"]))
-        videos = data.Videos(train, choose, augment, run["seed"])
-        trained = fit(config, "finetune", process, precision, model, videos, optimizer, loss_of, validate, classes=classes)
+        scale = layer_decay(config["model"]["depth"], settings["layer_decay"])
+        trained = fit(config, "finetune", process, precision, model, data.Videos(train, choose, augment, run["seed"]),
+                      adamw(model, settings, process.device, scale), loss_of, validate, classes=classes)
         origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before, now only tested'}"
 
     clips, crops = settings["test_clips"], settings["test_crops"]
     with one_sentence():
         results = evaluate(model, val, config, process, autocast, clips, crops)
-    if process.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        scores = write_results(output, results, val, classes, views=f"{clips} clips x {crops} crops", weights=origin)
-        print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['videos']} videos, "
-              f"{len(scores['unreadable'])} of them unreadable and counted as wrong; {scores['views']}; "
-              f"weights: {scores['weights']}; see {output}/results.json")
-        for reason in scores["unreadable"]:
-            print(f"unreadable: {reason}")
+        if process.rank == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            scores = write_results(output, results, val, classes, views=f"{clips} clips x {crops} crops",
+                                   weights=origin)
+            print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['videos']} videos, "
+                  f"{len(scores['unreadable'])} of them unreadable and counted as wrong; {scores['views']}; "
+                  f"weights: {scores['weights']}; see {output}/results.json")
+            for reason in scores["unreadable"]:
+                print(f"unreadable: {reason}")
     if process.world > 1:
         dist.destroy_process_group()
 

@@ -38,6 +38,7 @@ from arvideo import ARVideo
 
 CONFIG = Path(__file__).with_name("config.yaml")
 POSITIVE = ("epochs", "batch", "clips_per_video", "lr", "picture_epochs", "validate_epochs", "test_clips", "test_crops")
+as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
 CHOICES = {"run.device": ["auto", "cuda", "mps", "cpu"], "run.precision": ["auto", "bf16", "fp16", "fp32"],
            "finetune.probe": ["none", "linear", "attentive"], "finetune.sampling": ["dense", "segments"]}
 
@@ -64,10 +65,11 @@ def read_config_file():
         raise SystemExit(f"{CONFIG}{line}: {getattr(error, 'problem', error)}") from None
 
 
-def nearest(name, known, what):
+def check_known(name, known, what):
     """SystemExit for an unknown name, with the known one that it resembles most."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return SystemExit(f"{what} '{name}' is unknown; did you mean '{close[0]}'? Known: {', '.join(known)}")
+    if name not in known:
+        close, = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise SystemExit(f"{what} '{name}' is unknown; did you mean '{close}'? Known: {', '.join(known)}")
 
 
 def checked(value, default, name):
@@ -82,65 +84,47 @@ def checked(value, default, name):
     return [checked(item, like, name) for item, like in zip(value, default)] if kind is list else value
 
 
-def set_key(config, section, key, value):
-    if section not in config:
-        raise nearest(section, list(config), "section")
-    if key not in config[section]:
-        raise nearest(key, list(config[section]), f"key of section {section}")
-    config[section][key] = checked(value, config[section][key], f"{section}.{key}")
-
-
-def check_values(config):
-    """SystemExit for an unknown choice, a negative number, and zero where nothing would be left."""
-    for section, key, value in ((section, key, value) for section in config for key, value in config[section].items()):
-        name, positive = f"{section}.{key}", key in POSITIVE
-        if name in CHOICES and value not in CHOICES[name]:
-            raise nearest(value, CHOICES[name], name)
-        if type(value) in (int, float) and (value <= 0 if positive else value < 0):
-            raise SystemExit(f"{name}={value}: it must be greater than 0{'' if positive else ', or 0'}")
-
-
 def load_config(arguments, stage):
     """The configuration of a command line: config.yaml, then the presets named, then section.key=value.
-
-    Prints and exits for --help and --show; SystemExit names what is unknown or of the wrong kind.
-    """
+    Prints and exits for --help and --show; SystemExit names what is unknown or of the wrong kind."""
     config = read_config_file()
     presets = config.pop("presets")
     if {"-h", "--help"} & set(arguments):
         print(f"usage: python train_{stage}.py [PRESET ...] [section.key=value ...] [--show]\n\n"
-              f"presets: {', '.join(presets)} (several may follow each other; none: toy)\nsections and keys:")
-        for section, keys in config.items():
-            print(f"  {section}: {', '.join(keys)}")
-        print(f"\nEvery key is explained in {CONFIG.name}; --show prints the values of this command.")
+              f"presets: {', '.join(presets)} (several may follow each other; none: toy)\nsections and keys:",
+              *(f"  {section}: {', '.join(keys)}" for section, keys in config.items()),
+              f"\nEvery key is explained in {CONFIG.name}; --show prints the values of this command.", sep="\n")
         raise SystemExit(0)
     names = [a for a in arguments if "=" not in a and a != "--show"] or ["toy"]
+    changes = [(section, key, value) for section, keys in config.items() for key, value in keys.items()]
     for name in names:
-        if name not in presets:
-            raise nearest(name, list(presets), "preset")
-        for section, changes in presets[name].items():
-            for key, value in changes.items():
-                set_key(config, section, key, value)
+        check_known(name, presets, "preset")
+        changes += [(section, key, value) for section, keys in presets[name].items() for key, value in keys.items()]
     for argument in [a for a in arguments if "=" in a]:
-        dotted, _, text = argument.partition("=")
+        dotted, _, value = argument.partition("=")
         section, dot, key = dotted.partition(".")
         if not dot:
             raise SystemExit(f"'{argument}' is not of the form section.key=value")
-        is_text = isinstance(config.get(section, {}).get(key), str)
-        try:
-            set_key(config, section, key, text if is_text else yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise SystemExit(f"'{argument}': the value is not YAML") from None
-    check_values(config)
+        if not isinstance(config.get(section, {}).get(key), str):
+            with contextlib.suppress(yaml.YAMLError):   # what is no YAML is text, and refused as such below
+                value = yaml.safe_load(value)
+        changes.append((section, key, value))
+    for section, key, value in changes:
+        check_known(section, config, "section")
+        check_known(key, config[section], f"key of section {section}")
+        name, positive = f"{section}.{key}", key in POSITIVE
+        config[section][key] = value = checked(value, config[section][key], name)
+        check_known(value, CHOICES.get(name, [value]), name)
+        if type(value) in (int, float) and (value <= 0 if positive else value < 0):
+            raise SystemExit(f"{name}={value}: it must be greater than 0{'' if positive else ', or 0'}")
     model_names = [name for name in names if set(presets[name]) != {"finetune"}]    # `toy linear` starts from toy's
-    pretrained = f"runs/{'-'.join(model_names)}/pretrain/last.pt"
-    config["run"]["output"] = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
+    output = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
+    init = config["finetune"]["init"].replace("{pretrained}", f"runs/{'-'.join(model_names)}/pretrain/last.pt")
     if config["finetune"]["test_only"] and not any(argument.startswith("finetune.init=") for argument in arguments):
-        config["finetune"]["init"] = f"{config['run']['output']}/last.pt"
-    config["finetune"]["init"] = os.path.expanduser(config["finetune"]["init"].replace("{pretrained}", pretrained))
-    config["run"]["output"] = os.path.expanduser(config["run"]["output"])
+        init = f"{output}/last.pt"
+    config["run"]["output"], config["finetune"]["init"] = map(os.path.expanduser, (output, init))
     if "--show" in arguments:
-        print(yaml.safe_dump(config, sort_keys=False, default_flow_style=None), end="")
+        print(as_yaml(config), end="")
         raise SystemExit(0)
     return config
 
@@ -158,39 +142,37 @@ def end_workers():
         worker.kill()
 
 
-def start_workers(loader):
-    """An iterator over a loader whose workers ignore signals; they end with this process, however it ends."""
-    batches = iter(loader)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's raises wherever we are; the next batch tells of a dead worker
-    atexit.unregister(end_workers)
-    atexit.register(end_workers)                        # the last registered runs first, before torch waits for them
+def start_workers(run, process, videos, at_once, order, collate):
+    """Batches of `at_once` videos, read by workers that ignore signals and end with this process, however it ends."""
+    batches = iter(DataLoader(videos, at_once, sampler=order, num_workers=run["workers"], collate_fn=collate,
+                              pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's raises anywhere; the next batch tells of a dead worker
+    atexit.register(end_workers)                        # the last registered runs first, before Python waits for them
     return batches
 
 
-def first_line(error):
-    return (str(error).strip() or repr(error)).splitlines()[0]
+def line_of(error, number=0):
+    return (str(error).strip() or repr(error)).splitlines()[number]
 
 
 @contextlib.contextmanager
 def one_sentence(*kinds):
     """Turn errors that the user can mend, and those of `kinds`, into one sentence and exit status 1."""
-    starved = "If the system ended it for want of memory, set run.workers lower"
     try:
         yield
-    except (EOFError, ConnectionError):                 # a worker died in the middle of sending a batch
-        raise SystemExit(f"a process that decodes has ended unexpectedly. {starved}") from None
-    except (data.UnreadableVideo, OSError, *kinds) as error:
-        # A worker's error carries its traceback in the message; the last line says what happened
-        raise SystemExit((str(error).strip() or repr(error)).splitlines()[-1].removeprefix("data.UnreadableVideo: ")) from None
-    except RuntimeError as error:
+    except (data.UnreadableVideo, EOFError, OSError, RuntimeError, *kinds) as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise SystemExit(f"out of memory ({first_line(error)}): set run.max_batch below the videos that a process takes "
-                             "at once now, so that more is accumulated, or model.checkpointing=true") from None
-        if "exited unexpectedly" in str(error):         # a worker, or on CUDA the thread that reads from the workers
-            raise SystemExit(f"{first_line(error)}. {starved}") from None
+            raise SystemExit(f"out of memory ({line_of(error)}): set run.max_batch below the videos that a process "
+                             "takes at once now, so that more is accumulated, or model.checkpointing=true") from None
+        if isinstance(error, (EOFError, ConnectionError)) or "exited unexpectedly" in str(error):      # a worker
+            raise SystemExit(f"a process that decodes has ended ({line_of(error)}). If the system ended it for want of "
+                             "memory, set run.workers lower") from None
         if "closed by peer" in str(error) or "reset by peer" in str(error):
             raise SystemExit("another process of this run has ended; its message says why") from None
-        raise
+        if isinstance(error, RuntimeError) and not isinstance(error, kinds):
+            raise
+        # A worker's error carries its traceback in the message; the last line says what happened
+        raise SystemExit(line_of(error, -1).removeprefix("data.UnreadableVideo: ")) from None
 
 
 Process = namedtuple("Process", "rank world device")
@@ -202,21 +184,20 @@ def start_process(run):
     name = next(filter(present.get, present)) if run["device"] == "auto" else run["device"]
     if not present[name]:
         raise SystemExit(f"run.device is {name}, but this machine has none; use run.device=auto")
-    device = torch.device(name)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # TF32 where fp32 remains
     if "RANK" in os.environ:
         try:
             store, rank, world = next(dist.rendezvous("env://"))
-            # A restart by torchrun meets the addresses of the attempt before in its store, unless it has keys of its own
+            # Restarted by torchrun: its store still has the addresses of the attempt before, under that one's prefix
             if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":      # several machines do not count restarts alike
                 store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world)
         except dist.DistNetworkError as error:
             raise SystemExit(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-                             f"({first_line(error)}); is the port in use? Give torchrun another --master-port") from None
+                             f"({line_of(error)}); is the port in use? Give torchrun another --master-port") from None
         return Process(rank, world, device)
     return Process(0, 1, device)
 
@@ -254,9 +235,7 @@ def learning_rate(step, steps, warmup, peak, floor):
 
 def adamw(model, settings, device, scale=lambda name: 1.0):
     """AdamW without weight decay on biases, norms and other one-dimensional parameters.
-
-    scale(name) multiplies the learning rate of a parameter; every group carries its own as "scale".
-    """
+    scale(name) multiplies the learning rate of a parameter; every group carries its own as "scale"."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -291,11 +270,9 @@ def stop_on_signals():
         signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    yield received
+    for number, handler in before.items():              # not after an error: then the process ends
+        signal.signal(number, handler)
 
 
 def save_checkpoint(path, content):
@@ -307,9 +284,8 @@ def save_checkpoint(path, content):
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:            # torch says RuntimeError when the disk is full
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = first_line(error.__context__ or error)     # torch's writer says something else after a write that failed
+        temporary.unlink(missing_ok=True)
+        reason = line_of(error.__context__ or error)    # after a failed write torch's writer says something else
         raise SystemExit(f"{path} could not be written ({reason}); the checkpoint before it is kept. "
                          "Is the disk full? Make room and run the same command again") from None
     if path.name == "last.pt" and path.exists():
@@ -321,10 +297,8 @@ def load_checkpoint(path):
     """The content of a checkpoint: tensors and plain values, nothing that executes. SystemExit if it is unreadable."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: there is no such checkpoint") from None
     except Exception as error:                          # torch raises half a dozen kinds for a damaged file
-        raise SystemExit(f"{path}: this is not a readable checkpoint ({first_line(error)})") from None
+        raise SystemExit(f"{path}: this is not a readable checkpoint ({line_of(error)})") from None
 
 
 def last_checkpoint(output, resume):
@@ -341,32 +315,18 @@ def last_checkpoint(output, resume):
             print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
 
 
-def check_same_training(config, checkpoint, output, stage, videos, model_class):
-    """SystemExit if going on with `config` would train another model, on another number of videos or in another way
-    than by more epochs."""
-    if checkpoint.get("stage") != stage:
-        raise SystemExit(f"{output} holds a run of train_{checkpoint.get('stage')}.py: choose another run.output")
+def check_same_training(config, checkpoint, output, stage, about):
+    """SystemExit if going on with `config` would train something else, or in another way than by more epochs."""
     free = {"root", "train", "val", "max_unreadable", "checkpointing", "epochs", "picture_epochs", "keep_epochs",
             "validate_epochs", "test_clips", "test_crops", "test_only"}
-    both = {f"{section}.{key}": (value, checkpoint["config"][section].get(key, value))     # a key may be newer than the run
-            for section in ("data", "model", stage) for key, value in config[section].items() if key not in free}
+    both = {key: (value, checkpoint.get(key)) for key, value in about.items()}
+    both |= {f"{section}.{key}": (value, checkpoint["config"][section].get(key, value))     # a key may be newer
+             for section in ("data", "model", stage) for key, value in config[section].items() if key not in free}
     both["run.seed"] = config["run"]["seed"], checkpoint["config"]["run"]["seed"]
-    both["the number of videos in data.train"] = videos, checkpoint["videos"]
-    both["the model's class"] = model_class, checkpoint["model_class"]      # a fork may differ in nothing else
-    differences = [f"{name} is {now!r}, was {before!r}" for name, (now, before) in both.items() if now != before]
-    if differences:
-        raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differences)}. "
+    differing = [f"{name} is {now!r:.80}, was {before!r:.80}" for name, (now, before) in both.items() if now != before]
+    if differing:
+        raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differing)}. "
                          "Restore these values or choose another run.output")
-
-
-def report_unreadable(process, failures, named, tried, unreadable, share):
-    """Name every unreadable video, once in each process; stop if, after a hundred tries, more than `share` of all were unreadable."""
-    for reason in sorted(set(failures) - named):
-        tqdm.write(f"unreadable, another video is drawn: {reason}", file=sys.stderr)
-    named.update(failures)
-    if tried >= 100 and unreadable > share * tried:
-        give_up(process, f"{unreadable} of {tried} videos tried were unreadable, more than data.max_unreadable={share}; "
-                         "`python data.py check PRESET` lists them all")
 
 
 class Log:
@@ -398,15 +358,13 @@ def colour_of(place, places):
 
 def draw_picture(model, video, order, visible):
     """A picture of the first frame of every cube: the true video, what the encoder sees, what is predicted.
-
-    video [B, 3, T, H, W], normalised; order and visible as model.draw gives them. A cluster's colour and number are
-    its place in the prediction order.
-    """
+    video [B, 3, T, H, W], normalised; order and visible as model.draw gives them. A cluster's colour and number are its
+    place in the prediction order."""
     B, size, (kt, kh, kw) = len(video), video.shape[-1], (a // b for a, b in zip(model.grid, model.cluster_grid))
-    scale, M, corners = max(1, 128 // size), len(model.clusters), list(itertools.product(*map(range, model.cluster_grid)))
+    scale, M = max(1, 128 // size), len(model.clusters)
     rows = torch.stack([video, *model.reconstruct(video, order, visible)], 1)[:, :, :, ::model.cube[0]].cpu()
     pixels = ((rows * data.IMAGENET_STD + data.IMAGENET_MEAN).clamp(0, 1) * 255).byte()
-    pixels = pixels.permute(0, 1, 3, 4, 5, 2).contiguous()                                      # [B, 3 rows, t, H, W, 3]
+    pixels = pixels.permute(0, 1, 3, 4, 5, 2)                                               # [B, 3 rows, t, H, W, 3]
     side, high, wide = size * scale + 10, kh * model.cube[1] * scale, kw * model.cube[2] * scale
     picture = Image.new("RGB", (model.grid[0] * side + 90, 3 * B * side + 24), "white")
     pen = ImageDraw.Draw(picture)
@@ -417,8 +375,7 @@ def draw_picture(model, video, order, visible):
         pen.text((0, top + side // 2), ("true video", "encoder sees", "predicted")[row], "black", anchor="lm")
         shown = Image.fromarray(pixels[b, row, frame].numpy())
         picture.paste(shown.resize((size * scale, size * scale), Image.Resampling.NEAREST), (left, top))
-        for place, cluster in enumerate(order[b].tolist()):
-            t, h, w = corners[cluster]
+        for place, (t, h, w) in enumerate(torch.stack(torch.unravel_index(order[b], model.cluster_grid), 1).tolist()):
             if t == frame // kt:
                 empty = (False, place == M - 1, place < model.predict_after)[row]
                 x, y = left + w * wide, top + h * high
@@ -429,32 +386,28 @@ def draw_picture(model, video, order, visible):
 
 # --- Training -------------------------------------------------------------------------------------
 
-def read_lists(config, process):
+def read_lists(config):
     """(training videos, validation videos, class names) of data.train and data.val; makes the toy set if asked to."""
-    root, sources = config["data"]["root"], dict(train=config["data"]["train"], val=config["data"]["val"])
-    if "toy" in sources.values():
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    root, train, val = (config["data"][key] for key in ("root", "train", "val"))
+    if "toy" in (train, val):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             data.make_toy_set()
-        if process.world > 1:
+        if dist.is_initialized():
             dist.barrier()
-        sources = {split: data.TOY_ROOT / f"{split}.txt" if source == "toy" else source
-                   for split, source in sources.items()}
-    if not sources["train"]:
+    if not train:
         raise SystemExit("data.train is empty: name a list, a CSV, a JSON or a folder of classes")
-    quiet = process.rank > 0
-    train, classes = data.read_annotations(sources["train"], root, quiet=quiet)
-    val = data.read_annotations(sources["val"], root, classes, quiet)[0] if sources["val"] else []
-    return train, val, classes
+    train, val = (data.TOY_ROOT / f"{split}.txt" if source == "toy" else source
+                  for split, source in (("train", train), ("val", val)))
+    videos, classes = data.read_annotations(train, root)
+    return videos, data.read_annotations(val, root, classes)[0] if val else [], classes
 
 
 def fit(config, stage, process, precision, model, videos, optimizer, loss_of, end_epoch, **also):
     """Train `model` on `videos` as section `stage` of the configuration says, from the last checkpoint on.
-
-    loss_of(forward, batch, step, rows) is the loss of a micro-batch (clips, labels, unreadable), where rows [b]
-    tells which of the global batch's clips these are; forward is the model, compiled and wrapped as the run asks.
+    loss_of(forward, batch, step, rows) is the loss of a micro-batch (clips, labels, unreadable), where rows [b] tells
+    which of the global batch's clips these are; forward is the model, compiled and wrapped as the run asks.
     end_epoch(epoch, last) is called in every process after every epoch; what it returns goes into the log, `also` into
-    the checkpoints. Returns whether it trained at all: a finished run is left as it is.
-    """
+    the checkpoints. Returns whether it trained at all: a finished run is left as it is."""
     run, settings, output = config["run"], config[stage], Path(config["run"]["output"])
     autocast, scaler = precision
     batch, repeats = settings["batch"], settings["clips_per_video"]
@@ -462,28 +415,30 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     per_epoch = len(videos) // batch
     steps, warmup = settings["epochs"] * per_epoch, settings["warmup_epochs"] * per_epoch
     peak, floor = settings["lr"] * batch / 256, settings["min_lr"] * batch / 256
+    about = dict(stage=stage, videos=len(videos), model_class=type(model).__name__, **also)     # may not change
 
     # Go on from the last checkpoint
-    tried = unreadable = first = 0
-    epochs_before = settings["epochs"]
+    first, tried, unreadable, going_on = 0, 0, 0, ""
     if checkpoint := last_checkpoint(output, run["resume"]):
-        check_same_training(config, checkpoint, output, stage, len(videos), type(model).__name__)
+        check_same_training(config, checkpoint, output, stage, about)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:                        # empty unless the run before had fp16
             scaler.load_state_dict(checkpoint["scaler"])
         first, tried, unreadable = (checkpoint[key] for key in ("step", "tried", "unreadable"))
-        epochs_before = checkpoint["config"][stage]["epochs"]
+        going_on = f", going on from step {first}"
+        if (before := checkpoint["config"][stage]["epochs"]) != settings["epochs"]:
+            going_on += f"; the schedule so far was that of {before} epochs"
     del checkpoint                                      # a second copy of everything
     if process.world > 1:
         everywhere = [None] * process.world
         dist.all_gather_object(everywhere, (first, len(videos)))
         if len(set(everywhere)) > 1:
-            give_up(process, f"the processes differ in (step to go on from, videos found): {everywhere}; {output} and the "
-                             "videos must be the same for all of them, on all machines")
+            give_up(process, f"the processes differ in (step to go on from, videos found): {everywhere}; {output} and "
+                             "the videos must be the same for all of them, on all machines")
     if first > steps:
-        give_up(process, f"{output} holds a run of {first} steps, longer than {stage}.epochs={settings['epochs']}, which are "
-                         f"{steps}: choose another run.output")
+        give_up(process, f"{output} holds a run of {first} steps, longer than {stage}.epochs={settings['epochs']}, "
+                         f"which are {steps}: choose another run.output")
     if first == steps:
         return False
 
@@ -491,24 +446,21 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
     if process.world > 1:
         forward = DistributedDataParallel(forward, broadcast_buffers=False)     # masks and positions never change
     if process.rank == 0:
-        print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} videos, "
-              f"{repeats} clips of each\n"
+        print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} "
+              f"videos, {repeats} clips of each\n"
               f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, {warmup} of them warm-up, "
               f"lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, cosine to {floor:.3g}\n"
               f"  device     {process.device}, {str(autocast.keywords['dtype']).removeprefix('torch.')}, "
               f"torch {torch.__version__}, {run['workers']} workers a process\n"
-              f"  output     {output}" + (f", going on from step {first}" if first else "")
-              + (f"; the schedule so far was that of {epochs_before} epochs" if epochs_before != settings["epochs"] else ""))
+              f"  output     {output}{going_on}")
 
     # Which clips of the global batch each micro-batch of this process has
     rows = torch.arange(batch * repeats).view(batch, repeats)[process.rank::process.world].flatten().chunk(accumulation)
     reading = data.training_order(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
-    loader = DataLoader(videos, at_once, sampler=reading, num_workers=run["workers"], collate_fn=data.collate,
-                        pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals)
     named, saved_at = set(), time.monotonic()
     bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
     with one_sentence(), stop_on_signals() as stop:
-        batches = start_workers(loader)
+        batches = start_workers(run, process, videos, at_once, reading, data.collate)
         for step in bar:
             model.train()
             lr, loss, failures = learning_rate(step, steps, warmup, peak, floor), 0.0, []
@@ -540,11 +492,16 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             optimizer.zero_grad()
 
             tried, unreadable = tried + batch + int(failed), unreadable + int(failed)
-            report_unreadable(process, failures, named, tried, unreadable, config["data"]["max_unreadable"])
+            for reason in sorted(set(failures) - named):        # once in each process
+                tqdm.write(f"unreadable, another video is drawn: {reason}", file=sys.stderr)
+            named.update(failures)
+            if tried >= 100 and unreadable > tried * (share := config["data"]["max_unreadable"]):
+                give_up(process, f"{unreadable} of {tried} videos tried were unreadable, more than "
+                                 f"data.max_unreadable={share}; `python data.py check PRESET` lists them all")
             if process.rank == 0:
                 if step == first:                       # not before: what fails before leaves no trace
                     output.mkdir(parents=True, exist_ok=True)
-                    (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None))
+                    (output / "config.yaml").write_text(as_yaml(config))
                     log = Log(output, step + 1)
                 elapsed = time.perf_counter() - began
                 speed = dict(clips_per_second=batch * repeats / elapsed, data_share=waited / elapsed)
@@ -559,20 +516,18 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
                 scores = end_epoch((step + 1) // per_epoch, step + 1 == steps)
                 if process.rank == 0 and scores:
                     log.write(step + 1, **scores)
+                stopping, = over_processes(process, len(stop))          # a validation takes its time
             if stopping or epoch_ends or time.monotonic() - saved_at > 60 * run["save_minutes"]:
                 saved_at = time.monotonic()
                 if process.rank == 0:
                     save_checkpoint(output / "last.pt", dict(
                         model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        stage=stage, step=step + 1, videos=len(videos), model_class=type(model).__name__, tried=tried,
-                        unreadable=unreadable, config=config, **also))
+                        step=step + 1, tried=tried, unreadable=unreadable, config=config, **about))
             if stopping:
                 if process.world > 1:
                     dist.barrier()                      # nobody leaves before the first process has saved
                 give_up(process, f"stopped by a signal after step {step + 1}; "
                                  f"the same command goes on from {output / 'last.pt'}")
-        if over_processes(process, len(stop))[0]:       # in the last validation
-            give_up(process, f"stopped by a signal after the last step, {steps}; the same command goes on")
     return True
 
 
@@ -584,7 +539,7 @@ def main():
     torch.manual_seed(run["seed"])
     with one_sentence(ValueError):
         model = ARVideo(**config["model"]).to(process.device)
-        train, val, _ = read_lists(config, process)
+        train, val, _ = read_lists(config)
     frames, size, repeats = config["model"]["frames"], config["model"]["size"], settings["clips_per_video"]
     choose = partial(data.dense_clips, frames=frames, stride=config["data"]["stride"], clips=repeats)
     augment = partial(data.pretraining_clip, size=size, flip=settings["flip"])
@@ -610,7 +565,8 @@ def main():
         if process.rank > 0:
             return
         if settings["keep_epochs"] and epoch % settings["keep_epochs"] == 0:
-            save_checkpoint(output / f"epoch_{epoch:04d}.pt", dict(model=model.state_dict(), config=config, epoch=epoch))
+            content = dict(model=model.state_dict(), config=config, epoch=epoch)
+            save_checkpoint(output / f"epoch_{epoch:04d}.pt", content)
         if not last and epoch % settings["picture_epochs"]:
             return
         try:
@@ -625,7 +581,7 @@ def main():
     optimizer = adamw(model, settings, process.device)
     trained = fit(config, "pretrain", process, precision, model, videos, optimizer, loss_of, end_epoch)
     if process.rank == 0:
-        print(f"{output} is {'now ' if trained else 'already '}finished: checkpoint last.pt, log.jsonl and pictures are there")
+        print(f"{output} is {'now ' if trained else 'already '}finished: last.pt, log.jsonl and pictures are there")
     if process.world > 1:
         dist.destroy_process_group()
 

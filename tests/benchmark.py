@@ -336,14 +336,14 @@ def decode_packets(path, indices):
         if not data.timestamps_are_an_index(container, stream, packets):
             return float("nan")
         shown = sorted(packet.pts for packet in packets if not packet.is_discard)
-        wanted, convert = {shown[i] for i in indices}, data.to_rgb
-        data.to_rgb = lambda frame: None
+        wanted, convert = {shown[i] for i in indices}, data.convert
+        data.convert = lambda frame: None
         try:
             began = time.perf_counter()
             data.decode_indexed(stream.codec_context, packets, wanted)
             return time.perf_counter() - began
         finally:
-            data.to_rgb = convert
+            data.convert = convert
 
 
 def read_decord(path, indices):

@@ -54,7 +54,7 @@ def load_clip(path, config):
 def method_picture(model, video):
     """draw_picture's three rows beside both attention masks, in the same colours."""
     rows = draw_picture(model, video, *model.draw(1, torch.Generator().manual_seed(1)))
-    M, V, K, block = len(model.clusters), model.visible_count, model.cluster_size, 24           # block: a place, in pixels
+    (M, K), V, block = model.clusters.shape, model.visible_count, 24        # block: a place, in pixels
     colours = torch.tensor([colour_of(place, M) for place in range(M - 1)], dtype=torch.uint8).repeat_interleave(V, 0)
     left, top = rows.width + 50, 0
     picture = Image.new("RGB", (left + max((M - 1) * block, 220), max(rows.height, 2 * (M - 1) * block + 170)), "white")

@@ -273,7 +273,7 @@ def test_multi_scale_crop_takes_videomaes_sizes_and_positions():
     clip = torch.stack((rows, columns, rows))[None]                         # every pixel holds its own place
     heights, corners = set(), set()
     for _ in range(1500):
-        crop = data.multi_scale_crop(clip, 200)[0]                          # enlarged: the ends are exact
+        crop = data.pretraining_clip(clip, 200, flip=False)[0]             # enlarged: the ends are exact
         top, bottom, left, right = (int(v) for v in (crop[0].min(), crop[0].max() + 1, crop[1].min(), crop[1].max() + 1))
         heights.add((bottom - top, right - left))
         if bottom - top == 66 and right - left == 66:
@@ -284,7 +284,7 @@ def test_multi_scale_crop_takes_videomaes_sizes_and_positions():
 
 
 def test_tiny_videos_can_be_cropped():
-    assert data.multi_scale_crop(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), 32).shape == (2, 3, 32, 32)
+    assert data.pretraining_clip(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), 32, flip=False).shape == (2, 3, 32, 32)
 
 
 def test_normalise():

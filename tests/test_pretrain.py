@@ -91,7 +91,7 @@ def test_the_model_section_is_the_papers_model():
     (["pretrain.flip=1"], "pretrain.flip must be of kind bool"),
     (["model.cube=[2, 16]"], "model.cube must be a list of 3"),
     (["model.cube=[2, 16, x]"], "model.cube must be of kind int"),
-    (["model.cube=[2, 16"], "the value is not YAML"),
+    (["model.cube=[2, 16"], "model.cube must be a list of 3"),
     (["batch=3"], "'batch=3' is not of the form section.key=value"),
 ])
 def test_mistyped_arguments_name_what_was_meant(arguments, culprit):
