@@ -111,7 +111,7 @@ def visible_tokens(clusters, count, batch, generator=None):
 # --- Layers (VideoMAE's ViT) ----------------------------------------------------------------------
 
 def sine_cosine(positions, width):
-    """[n] positions -> [n, width]: sine at even channels, cosine at odd, wavelengths from 2 pi to 10000 x 2 pi."""
+    """[n] positions -> [n, width]: sine at even channels, cosine at odd, wavelengths 2 pi to nearly 20000 pi."""
     channel = torch.arange(width, dtype=torch.float64)
     angle = positions[:, None].double() / 10000 ** (2 * (channel // 2) / width)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()

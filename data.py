@@ -36,6 +36,12 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
 
 # --- Annotations, read as downloaded --------------------------------------------------------------
 
+def videos_below(folder):
+    """The videos in a folder and its subfolders, links followed, in alphabetical order."""
+    return sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names
+                  if Path(name).suffix.lower() in VIDEO_SUFFIXES)
+
+
 def read_annotations(source, root="", classes=None):
     """Videos of a data set: ([(path, label or None), ...], class names or None).
     `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's JSON (with labels.json
@@ -60,12 +66,11 @@ def read_annotations(source, root="", classes=None):
     first = text.lstrip().partition("\n")[0]
     if first.startswith("[") and first[1:].lstrip()[:1] in ("", "{", "]"):      # and not a video named [1].mp4
         entries, classes = read_ssv2(source, text, classes)
-    elif "youtube_id" in first:
+    elif "youtube_id" in next(csv.reader([first])):
         entries, classes = read_kinetics(source, text, classes)
     else:
         return read_list(source, text, root, classes)
-    files = {Path(name).stem: Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
-             for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES}
+    files = {path.stem: path for path in videos_below(root)}
     return existing(source, root, [(files.get(stem), stem, label) for stem, label in entries]), classes
 
 
@@ -84,14 +89,13 @@ def existing(source, root, entries):
 
 
 def read_folder(source, classes):
-    """One folder a class, numbered in alphabetical order; or, for pretraining, videos without labels."""
-    videos = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    """One folder a class, numbered in alphabetical order; if a video is in none of them, all are without labels."""
+    videos = videos_below(source)
     if not videos:
         raise ValueError(f"{source}: there are no videos in this folder, nor in folders of classes")
-    entries = [(str(path), path.relative_to(source).parts[0]) for path in videos if path.parent != source]
-    if not entries:
+    if any(path.parent == source for path in videos):
         return [(str(path), None) for path in videos], None
-    return number(source, entries, classes)
+    return number(source, [(str(path), path.relative_to(source).parts[0]) for path in videos], classes)
 
 
 def read_kinetics(source, text, classes):
@@ -120,8 +124,11 @@ def read_ssv2(source, text, classes):
         names = sorted(source.parent.glob("*labels.json"))
         if not names:
             raise ValueError(f"{source}: Something-Something's labels.json is not beside it")
-        numbers = json.loads(names[0].read_text(encoding="utf-8"))
-        classes = sorted(numbers, key=lambda name: int(numbers[name]))
+        try:
+            numbers = json.loads(names[0].read_text(encoding="utf-8"))
+            classes = sorted(numbers, key=lambda name: int(numbers[name]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{names[0]}: expected a JSON object of class names and numbers ({error!r})") from None
     return number(source, entries, classes)
 
 
@@ -583,8 +590,8 @@ def shrink(source, target, short_side, key_frames, workers):
     alone; returns the reasons of those that failed. ValueError if there are none, or two for one target."""
     source, target = (Path(folder).expanduser().resolve() for folder in (source, target))
     jobs = {}
-    for path in sorted(source.rglob("*")):
-        if path.suffix.lower() in VIDEO_SUFFIXES and target not in path.parents:
+    for path in videos_below(source):
+        if target not in path.parents:
             goal = (target / path.relative_to(source)).with_suffix(".mp4")
             if goal in jobs:
                 raise ValueError(f"{path} and {jobs[goal]} would both become {goal}: rename one")

@@ -336,7 +336,8 @@ class Log:
     def __init__(self, output, step):
         path, kept = output / "log.jsonl", output / "log.jsonl.tmp"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step))
+        lines = [line for line in lines if line.startswith("{") and line.endswith("}\n")]   # no torn one
+        kept.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
         kept.replace(path)
         self.file, self.board = open(path, "a", buffering=1), None
         with contextlib.suppress(ImportError):

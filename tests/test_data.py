@@ -224,12 +224,17 @@ def test_class_folders(tmp_path):
         (tmp_path / name).write_bytes(b"")
     entries, classes = read_annotations(tmp_path)
     assert names(entries) == [("c.webm", 0), ("a.avi", 1), ("b.mp4", 1)] and classes == ["clap", "wave"]
+    (tmp_path / "wink").symlink_to(tmp_path / "clap")                       # kept on another disk, say
+    assert names(read_annotations(tmp_path)[0])[-1] == ("c.webm", 2)
 
 
 def test_a_folder_of_videos_has_no_labels(tmp_path):
     for name in ("b.mp4", "a.webm", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     assert names(read_annotations(tmp_path)[0]) == [("a.webm", None), ("b.mp4", None)]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "c.mp4").write_bytes(b"")                          # no class: the others would be lost
+    assert names(read_annotations(tmp_path)[0]) == [("a.webm", None), ("b.mp4", None), ("c.mp4", None)]
 
 
 @pytest.mark.parametrize("name, text, culprit", [
@@ -238,12 +243,14 @@ def test_a_folder_of_videos_has_no_labels(tmp_path):
     ("list.txt", "", "the annotation file is empty"),
     ("list.txt", "gone.mp4 0\n", "none of its 1 videos is under .*gone.mp4"),
     ("list.txt", "[1] gone.mp4 0\n", r"none of its 1 videos is under .*\[1\] gone.mp4"),
+    ("list.txt", "youtube_id/gone.mp4 0\n", "none of its 1 videos is under .*youtube_id/gone.mp4"),
     ("list.csv", "label,youtube_id,time_start,time_end\n", "it lists no videos"),
     ("list.csv", "label,youtube_id,time_start\n", "the column time_end is missing"),
     ("list.csv", "label,youtube_id,time_start,time_end\na,abc,ten,20\n", "list.csv:2: the times are not numbers"),
     ("list.json", '[{"id": "7"}]', "expected a JSON list of objects with `id` and `template`"),
     ("list.json", '[{"id": "7", "template": "Eating [something]"}]', "class 'Eating something' is not among"),
     ("list.json", "[{", "expected a JSON list"),
+    ("labels.json", '[{"id": "7", "template": "Holding [something]"}]', "labels.json: expected a JSON object of class names"),
 ])
 def test_bad_annotations_are_named(tmp_path, root, name, text, culprit):
     write(tmp_path / "labels.json", '{"Holding something": "0"}')

@@ -90,6 +90,8 @@ def test_killed_at_random_moments_and_continued_bit_for_bit(toy, undisturbed, tm
         time.sleep(chance.random() * 0.02 if attempt != 1 else 0)
         process.kill()
         process.communicate()
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 5, "lo\0\0\n')                                 # torn by a power cut
     finish(start(toy, tmp_path))
     assert_equal(outcome(tmp_path), undisturbed[0])
     assert outcome(tmp_path)[3].tolist() == [18 * 8 + 6, 6]                 # the unreadable video was met once an epoch
