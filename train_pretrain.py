@@ -369,11 +369,12 @@ def draw_picture(model, video, order, visible):
     side, high, wide = size * scale + 10, kh * model.cube[1] * scale, kw * model.cube[2] * scale
     picture = Image.new("RGB", (model.grid[0] * side + 90, 3 * B * side + 24), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((90, 4), "Number and colour: place in the order." + (
-        " Mean and contrast of predicted cubes: from the true video" if model.normalise_target else ""), "black")
+    from_truth = ". Mean and contrast of predicted cubes: the true video's" if model.normalise_target else ""
+    pen.text((90, 4), "Number and colour: place in the order" + from_truth, "black", font_size=12)
+    for row, name in enumerate(B * ("true video", "encoder sees", "predicted")):
+        pen.text((84, row * side + 24 + side // 2), name, "black", font_size=13, anchor="rm")
     for b, row, frame in itertools.product(range(B), range(3), range(model.grid[0])):
         left, top = frame * side + 90, (3 * b + row) * side + 24
-        pen.text((0, top + side // 2), ("true video", "encoder sees", "predicted")[row], "black", anchor="lm")
         shown = Image.fromarray(pixels[b, row, frame].numpy())
         picture.paste(shown.resize((size * scale, size * scale), Image.Resampling.NEAREST), (left, top))
         for place, (t, h, w) in enumerate(torch.stack(torch.unravel_index(order[b], model.cluster_grid), 1).tolist()):
