@@ -14,6 +14,7 @@ import csv
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -42,6 +43,13 @@ def videos_below(folder):
                   if Path(name).suffix.lower() in VIDEO_SUFFIXES)
 
 
+def read_text(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: this is not a text file in UTF-8") from None
+
+
 def read_annotations(source, root="", classes=None):
     """Videos of a data set: ([(path, label or None), ...], class names or None).
     `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's JSON (with labels.json
@@ -57,10 +65,7 @@ def read_annotations(source, root="", classes=None):
     root = Path(root).expanduser() if root else source.parent
     if source.is_dir():
         return read_folder(source, classes)
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{source}: this is not a text file; expected a CSV, a JSON or a list of videos") from None
+    text = read_text(source)
     if not root.is_dir():
         raise ValueError(f"{root}: there is no such folder of videos (data.root)")
     first = text.lstrip().partition("\n")[0]
@@ -125,7 +130,7 @@ def read_ssv2(source, text, classes):
         if not names:
             raise ValueError(f"{source}: Something-Something's labels.json is not beside it")
         try:
-            numbers = json.loads(names[0].read_text(encoding="utf-8"))
+            numbers = json.loads(read_text(names[0]))
             classes = sorted(numbers, key=lambda name: int(numbers[name]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{names[0]}: expected a JSON object of class names and numbers ({error!r})") from None
@@ -143,8 +148,9 @@ def number(source, entries, classes):
 
 def find(name, folders):
     """The file `name` below one of the folders, or what `shrink` made of it, or None."""
-    places = (folder / variant for folder in folders for variant in (name, os.path.splitext(name)[0] + ".mp4"))
-    return next(filter(Path.is_file, places), None)
+    stem, suffix = os.path.splitext(name)
+    variants = (name, stem + ".mp4") if suffix.lower() in VIDEO_SUFFIXES else (name,)
+    return next(filter(Path.is_file, (folder / variant for folder in folders for variant in variants)), None)
 
 
 def read_list(source, text, root, classes):
@@ -153,19 +159,18 @@ def read_list(source, text, root, classes):
     for line_number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line:
             continue
-        name, _, label = line.rpartition(" ")
-        if not (name and label.isdecimal()):
-            name, label = line, None
+        labelled = re.fullmatch(r"(.+?)\s+(\d+)", line)
+        name, label = labelled.groups() if labelled else (line, None)
         if entries and (label is None) != (entries[0][2] is None):
             raise ValueError(f"{source}:{line_number}: expected `path{' label' if label is None else ''}`, "
                              f"as in the lines before, found: {line[:200]}")
         path = find(name, (root, source.parent))
-        if path is None and label is None and find(line.rpartition(" ")[0], (root, source.parent)):
+        if path is None and label is None and find(line.rsplit(maxsplit=1)[0], (root, source.parent)):
             raise ValueError(f"{source}:{line_number}: the label is not a number: {line[:200]}")
         entries.append((path, name, label and int(label)))
     names = source.with_name("classes.txt")
     if classes is None and names.is_file():
-        classes = list(filter(None, map(str.strip, names.read_text(encoding="utf-8").split("\n"))))
+        classes = list(filter(None, map(str.strip, read_text(names).split("\n"))))
     return existing(source, root, entries), classes
 
 
@@ -182,7 +187,7 @@ REFORMATTER = VideoReformatter()        # one a process: it keeps its scaler, a 
 def open_video(path):
     """(container, video stream) of a file. What PyAV, the system or we object to inside becomes UnreadableVideo."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:     # `a:b.mp4` is no protocol
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise ValueError("it holds no video stream")
@@ -243,7 +248,8 @@ def decode_indexed(codec, packets, wanted):
             codec.skip_frame = "DEFAULT" if packets[i].pts in wanted else "NONREF"
         gap = i + 1 not in needed                       # before it, None drains the decoder
         for packet in (packets[i], None) if gap else (packets[i],):
-            frames.update((frame.pts, convert(frame)) for frame in codec.decode(packet) if frame.pts in wanted)
+            frames.update((frame.pts, convert(frame)) for frame in codec.decode(packet)
+                          if frame.pts in wanted or frame.is_corrupt)       # damage spreads: convert refuses it
         if gap:
             codec.flush_buffers()
     if len(frames) < len(wanted):
@@ -256,9 +262,12 @@ def decode_counted(codec, packets, choose):
     count = len(packets)
     while count:
         clips = [[min(i, count - 1) for i in clip] for clip in choose(count)]
-        wanted, frames, count = {i for clip in clips for i in clip}, {}, 0
+        wanted, frames, count, damaged = {i for clip in clips for i in clip}, {}, 0, False
         for frame in (frame for packet in [*packets, None] for frame in codec.decode(packet)):
+            damaged = frame.is_corrupt or damaged and not frame.key_frame   # damage spreads to the next key frame
             if count in wanted:
+                if damaged:
+                    raise ValueError("it is damaged before a wanted frame")
                 frames[count] = convert(frame)
                 if len(frames) == len(wanted):
                     return clips, frames
@@ -547,9 +556,14 @@ def unreadable_reason(path):
 
 
 def failures(function, jobs, workers):
-    """The reasons that function(job) returns for jobs that failed. BrokenExecutor if one of the processes is killed."""
+    """The reasons that function(job) returns for jobs that failed, each printed at once. BrokenExecutor if one of the
+    processes is killed."""
+    reasons = []
     with ProcessPoolExecutor(workers) as pool:
-        return sorted(filter(None, tqdm(pool.map(function, jobs, chunksize=4), total=len(jobs), unit="video")))
+        for reason in filter(None, tqdm(pool.map(function, jobs, chunksize=4), total=len(jobs), unit="video")):
+            tqdm.write(reason.encode("utf-8", "backslashreplace").decode())     # a file's name need not be UTF-8
+            reasons.append(reason)
+    return reasons
 
 
 def shrink_video(job, short_side, key_frames):
@@ -571,7 +585,8 @@ def shrink_video(job, short_side, key_frames):
                     scale = min(1, short_side / min(frame.width, frame.height))
                     width, height = (max(2, round(side * scale / 2) * 2) for side in (frame.width, frame.height))
                     output = writer.add_stream("libx264", rate=stream.average_rate or 25, width=width, height=height,
-                                               time_base=stream.time_base, thread_count=1, options=options)
+                                               time_base=stream.time_base, thread_count=1, options=options,
+                                               colorspace=frame.colorspace, color_range=frame.color_range)
                 last = max(pts, last + 1)               # times that do not grow are corrected
                 frame = convert(frame, "yuv420p", width=width, height=height)
                 frame.pts, frame.time_base, frame.pict_type = last, stream.time_base, 0
@@ -611,6 +626,8 @@ def main():
     parser.add_argument("--key-frames", type=int, default=32, help="of shrink: frames between key frames (default 32)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     options = parser.parse_args()
+    if min(options.short_side, options.key_frames, options.workers) < 1:
+        parser.error("--short-side, --key-frames and --workers must be 1 or more")
     if options.command == "shrink" and len(options.arguments) != 2:
         parser.error("shrink needs SRC and DST")
 
@@ -622,7 +639,7 @@ def main():
             train, val, _ = train_pretrain.read_lists(train_pretrain.load_config(options.arguments, "pretrain"))
             paths = list(dict.fromkeys(path for path, _ in train + val))    # a list may name a video twice
             reasons = failures(unreadable_reason, paths, options.workers)
-    print(*reasons, f"{len(reasons)} unreadable", sep="\n")
+    print(f"{len(reasons)} unreadable")
     raise SystemExit(1 if reasons else 0)
 
 

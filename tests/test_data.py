@@ -141,6 +141,27 @@ def test_unreadable_files_are_refused_by_name(tmp_path):
     assert data.unreadable_reason(tmp_path / "good.mp4") is None
 
 
+@pytest.mark.parametrize("name", ["video.mp4", "video.mkv"])                # by timestamps, by counting
+def test_damage_spreads_to_the_next_key_frame(tmp_path, name):
+    path = encode(tmp_path / name, g=20, height=96, width=128)
+    expected, content = decode_everything(path), path.read_bytes()
+    at = 3 * len(content) // 8
+    path.write_bytes(content[:at] + bytes(4) + content[at + 4:])
+    refused = []
+    for i in range(40):
+        try:
+            assert np.array_equal(read_clips(path, lambda count: [[i]])[0][0].numpy(), expected[i])
+        except UnreadableVideo:
+            refused.append(i)
+    assert refused and refused == list(range(refused[0], 20))
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encode(tmp_path / "a:b.mp4")
+    assert len(read_clips("a:b.mp4", lambda count: [[0]])) == 1
+
+
 def test_the_beginning_of_a_file_cut_short_is_read(tmp_path):
     whole = encode(tmp_path / "whole.mp4", g=10, movflags="faststart")
     copy_packets(whole, tmp_path / "front.mp4", options={"movflags": "faststart"})
@@ -204,7 +225,7 @@ def test_something_something_json(tmp_path, root):
 
 
 def test_lists_with_and_without_labels(tmp_path, root):
-    source = write(tmp_path / "list.txt", "a b.mp4 3\n\nc.mp4 0\n")
+    source = write(tmp_path / "list.txt", "a b.mp4 3\n\nc.mp4\t0\n")
     assert names(read_annotations(source, root)[0]) == [("a b.mp4", 3), ("c.mp4", 0)]
     source = write(tmp_path / "bare.txt", f"a b.mp4\n{root / 'c.mp4'}\n12.avi\n")      # 12.avi was shrunk to 12.mp4
     assert names(read_annotations(source, root)[0]) == [("a b.mp4", None), ("c.mp4", None), ("12.mp4", None)]
@@ -260,7 +281,7 @@ def test_bad_annotations_are_named(tmp_path, root, name, text, culprit):
 
 def test_annotations_that_are_no_text_or_absent(tmp_path):
     (tmp_path / "list.txt").write_bytes(bytes(range(256)))
-    with pytest.raises(ValueError, match="list.txt: this is not a text file"):
+    with pytest.raises(ValueError, match="list.txt: this is not a text file in UTF-8"):
         read_annotations(tmp_path / "list.txt")
     with pytest.raises(ValueError, match="gone.txt: there is no such annotation file"):
         read_annotations(tmp_path / "gone.txt")
@@ -423,6 +444,21 @@ def test_shrink_keeps_frames_and_times_and_resumes(tmp_path, capsys):
     for _ in range(2):                                  # never its own output
         data.shrink(source, source / "small", 48, 8, 1)
     assert sorted(path.name for path in (source / "small").rglob("*.mp4")) == ["a.mp4", "b.mp4", "turned.mp4"]
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_shrink_keeps_colours(tmp_path, rotation):
+    """Of a video in BT.709 and full range, as phones write them; untagged players take BT.601 and limited range."""
+    (tmp_path / "in").mkdir()
+    with av.open(str(tmp_path / "in" / "red.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, width=64, height=48, colorspace=1, color_range=2)
+        stream.set_display_rotation(rotation)
+        red = av.VideoFrame.from_ndarray(np.full((48, 64, 3), (200, 20, 20), np.uint8), format="rgb24")
+        container.mux(stream.encode(red.reformat(format="yuv420p", dst_colorspace=1, dst_color_range=2)))
+        container.mux(stream.encode())
+    assert not data.shrink(tmp_path / "in", tmp_path / "out", 48, 8, 1)
+    colours = [read_clips(tmp_path / folder / "red.mp4", lambda count: [[0]])[0][0, 20, 20].int() for folder in ("in", "out")]
+    assert (colours[0] - torch.tensor([200, 20, 20])).abs().max() < 5 and (colours[0] - colours[1]).abs().max() < 5
 
 
 def test_check_lists_the_unreadable(tmp_path, capsys):
