@@ -59,15 +59,15 @@ def video_to_cubes(video, cube):
     """Cut a video [B, C, T, H, W] into cubes [B, N, C, P], in raster order (time, height, width)."""
     B, C = video.shape[:2]
     (t, h, w), (pt, ph, pw) = blocks_per_axis(video.shape[2:], cube, "cube"), cube
-    x = video.reshape(B, C, t, pt, h, ph, w, pw)
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, t * h * w, C, pt * ph * pw)
+    x = video.reshape(B, C, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)    # [B, t, h, w, C, pt, ph, pw]
+    return x.reshape(B, t * h * w, C, pt * ph * pw)
 
 
 def cubes_to_video(cubes, grid, cube):
     """Inverse of video_to_cubes: [B, N, C, P], N filling `grid` (t, h, w), to [B, C, T, H, W]."""
     B, C = cubes.shape[0], cubes.shape[2]
     (t, h, w), (pt, ph, pw) = grid, cube
-    x = cubes.reshape(B, t, h, w, C, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    x = cubes.reshape(B, t, h, w, C, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)    # [B, C, t, pt, h, ph, w, pw]
     return x.reshape(B, C, t * pt, h * ph, w * pw)
 
 
@@ -236,7 +236,7 @@ class Encoder(nn.Module):
 
     def features(self, video):
         """All tokens of a whole video, for transfer: [B, 3, T, H, W] -> [B, N, D]."""
-        return Encoder.forward(self, video_to_cubes(video, self.cube))      # a classifier overrides forward
+        return Encoder.forward(self, video_to_cubes(video, self.cube))      # Classifier, a subclass, has its own
 
 
 class DecoderBlock(nn.Module):
@@ -325,12 +325,12 @@ class ARVideo(nn.Module):
         seen_place = torch.arange(M - 1).repeat_interleave(self.visible_count)      # [S]: 0 0 .. 1 1 .. M-2
         queried_place = torch.arange(predict_after, M).repeat_interleave(K)         # [Q]: 1 1 .. 2 2 .. M-1
         own_or_earlier = seen_place[:, None] >= seen_place                          # [S, S]
-        earlier = queried_place[:, None] > seen_place                               # [Q, S]
+        only_earlier = queried_place[:, None] > seen_place                          # [Q, S]
         self.register_buffer("encoder_mask", own_or_earlier, persistent=False)
-        self.register_buffer("decoder_mask", earlier, persistent=False)
+        self.register_buffer("decoder_mask", only_earlier, persistent=False)
 
     def draw(self, batch, generator=None):
-        """For each sample a prediction order [B, M] and visible tokens [B, M, V], of which row c are cluster c's."""
+        """For each sample a prediction order [B, M] and visible tokens [B, M, V]; row c belongs to cluster c."""
         order = prediction_orders(self.order, self.cluster_grid, batch, generator, self.clusters.device)
         return order, visible_tokens(self.clusters, self.visible_count, batch, generator)
 
@@ -342,8 +342,8 @@ class ARVideo(nn.Module):
 
     def predict(self, cubes, seen, queried):
         """The prediction [B, Q, 3, P] of the tokens `queried` from the tokens `seen` of the cubes [B, N, 3, P]."""
-        memory = self.encoder(take(cubes, seen), seen, self.encoder_mask)           # [B, S, D]
-        memory = self.encoder_to_decoder(memory)                                    # [B, S, d]
+        encoded = self.encoder(take(cubes, seen), seen, self.encoder_mask)          # [B, S, D], the README's h
+        memory = self.encoder_to_decoder(encoded)                                   # [B, S, d]
         prediction = self.decoder(memory, queried, self.decoder_mask)               # [B, Q, 3 P]
         return prediction.unflatten(2, (3, -1))
 
@@ -365,7 +365,8 @@ class ARVideo(nn.Module):
         prediction = self.predict(cubes, seen, queried)                             # [B, Q, 3, P]
         target = take(self.target(video, cubes), queried)                           # [B, Q, 3, P]
         mean, deviation = self.statistics(target)                                   # [B, Q, 3, 1]
-        return F.mse_loss(prediction.float(), (target - mean) / deviation)          # in fp32, also under autocast
+        target = (target - mean) / deviation                                        # [B, Q, 3, P], the README's x
+        return F.mse_loss(prediction.float(), target)                               # in fp32, also under autocast
 
     @torch.no_grad()
     def reconstruct(self, video, order, visible):
@@ -382,7 +383,7 @@ class ARVideo(nn.Module):
 
 
 def pretrained_encoder(checkpoint, model=ARVideo):
-    """The encoder alone, for transfer (3.3.3), from a checkpoint of train_pretrain.py's; `model` is a fork's class.
+    """The encoder alone, for transfer (3.3.3), from a checkpoint of train_pretrain.py; `model` is a fork's class.
     Without a mask every token attends to every other: encoder.features(video [B, 3, T, H, W]) -> [B, N, D].
     Raises RuntimeError, naming the tensors, if the weights do not fit the configuration saved with them."""
     encoder = model(**checkpoint["config"]["model"]).encoder

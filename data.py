@@ -400,7 +400,8 @@ def finetuning_clip(clip, size, flip, crop_area, augment, erase):
 
 def normalise(clips, device):
     """uint8 [B, 3, T, H, W] -> float on the device, with ImageNet's mean and deviation."""
-    return (clips.to(device, non_blocking=True).float() / 255 - IMAGENET_MEAN.to(device)) / IMAGENET_STD.to(device)
+    clips = clips.to(device, non_blocking=clips.is_pinned()).float() / 255
+    return (clips - IMAGENET_MEAN.to(device)) / IMAGENET_STD.to(device)
 
 
 # --- Samples and batches --------------------------------------------------------------------------

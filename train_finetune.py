@@ -122,7 +122,7 @@ def build_model(config, classes):
 
 # --- Weights to start from ------------------------------------------------------------------------
 
-def load_weights(model, path, config):
+def load_weights(model, path, config, classes):
     """Load a checkpoint of ours or VideoMAE's into a Classifier or a Probe; returns a sentence on what was taken, and
     whether that is everything, the head included. Strict: only the head and its norm may be new, and of the encoder
     only its final norm may be left behind. SystemExit lists what is missing, unexpected or of another shape."""
@@ -137,7 +137,8 @@ def load_weights(model, path, config):
         raise SystemExit(f"{path} holds another model: {'; '.join(differing)}")
 
     own = model.state_dict()
-    if state.keys() == own.keys() and all(state[name].shape == own[name].shape for name in own):
+    same = content.get("classes", classes) == classes   # our files name them, VideoMAE's do not
+    if same and state.keys() == own.keys() and all(state[name].shape == own[name].shape for name in own):
         model.load_state_dict(state)
         return f"all weights, the classifier's too, from {origin}", True
 
@@ -250,11 +251,11 @@ def labelled_lists(config):
     return train, val, classes
 
 
-def start_from(model, config):
+def start_from(model, config, classes):
     """Load what finetune.init names; returns a sentence on the origin."""
     init, output = config["finetune"]["init"], Path(config["run"]["output"])
     if config["finetune"]["test_only"]:
-        sentence, complete = load_weights(model, init, config)
+        sentence, complete = load_weights(model, init, config, classes)
         if not complete:
             raise SystemExit(f"finetune.test_only: {init} holds no classifier of these classes; set finetune.init")
         return sentence
@@ -262,7 +263,7 @@ def start_from(model, config):
         return f"{output}, if it goes on"               # a run goes on without the file that it started from
     if init.endswith("?"):
         init = init[:-1] if Path(init[:-1]).exists() else "scratch"
-    return "scratch" if init == "scratch" else load_weights(model, init, config)[0]
+    return "scratch" if init == "scratch" else load_weights(model, init, config, classes)[0]
 
 
 def main():
@@ -275,7 +276,7 @@ def main():
         train, val, classes = labelled_lists(config)
         model = build_model(config, len(classes)).to(process.device)
         choose = sampler(config, data.dense_clips, data.segment_clips, settings["clips_per_video"])
-    origin = start_from(model, config)
+    origin = start_from(model, config, classes)
     frames, size, stride = config["model"]["frames"], config["model"]["size"], config["data"]["stride"]
     if process.rank == 0:
         million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6

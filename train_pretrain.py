@@ -37,7 +37,9 @@ import data
 from arvideo import ARVideo
 
 CONFIG = Path(__file__).with_name("config.yaml")
-POSITIVE = ("epochs", "batch", "clips_per_video", "lr", "picture_epochs", "validate_epochs", "test_clips", "test_crops")
+POSITIVE = ("stride", "epochs", "batch", "clips_per_video", "lr", "picture_epochs", "validate_epochs", "test_clips",
+            "test_crops")
+BELOW_ONE = ("betas", "drop_path", "head_dropout", "label_smoothing")
 as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
 CHOICES = {"run.device": ["auto", "cuda", "mps", "cpu"], "run.precision": ["auto", "bf16", "fp16", "fp32"],
            "finetune.probe": ["none", "linear", "attentive"], "finetune.sampling": ["dense", "segments"]}
@@ -112,11 +114,16 @@ def load_config(arguments, stage):
     for section, key, value in changes:
         check_known(section, config, "section")
         check_known(key, config[section], f"key of section {section}")
-        name, positive = f"{section}.{key}", key in POSITIVE
+        name = f"{section}.{key}"
         config[section][key] = value = checked(value, config[section][key], name)
         check_known(value, CHOICES.get(name, [value]), name)
-        if type(value) in (int, float) and (value <= 0 if positive else value < 0):
-            raise SystemExit(f"{name}={value}: it must be greater than 0{'' if positive else ', or 0'}")
+        numbers = [n for n in (value if type(value) is list else [value]) if type(n) in (int, float)]
+        if not all(n > 0 if key in POSITIVE else n >= 0 for n in numbers):              # nor NaN
+            raise SystemExit(f"{name}={value}: it must be greater than 0{'' if key in POSITIVE else ', or 0'}")
+        if key in BELOW_ONE and max(numbers) >= 1:
+            raise SystemExit(f"{name}={value}: it must be less than 1")
+        if key == "crop_area" and not value[0] <= value[1] <= 1:
+            raise SystemExit(f"{name}={value}: it must be two shares of the frame, the smaller first")
     model_names = [name for name in names if set(presets[name]) != {"finetune"}]    # `toy linear` starts from toy's
     output = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
     init = config["finetune"]["init"].replace("{pretrained}", f"runs/{'-'.join(model_names)}/pretrain/last.pt")
@@ -144,8 +151,10 @@ def end_workers():
 
 def start_workers(run, process, videos, at_once, order, collate):
     """Batches of `at_once` videos, read by workers that ignore signals and end with this process, however it ends."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)      # Python 3.14's server of workers inherits this
     batches = iter(DataLoader(videos, at_once, sampler=order, num_workers=run["workers"], collate_fn=collate,
                               pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals))
+    signal.signal(signal.SIGTERM, before)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's raises anywhere; the next batch tells of a dead worker
     atexit.register(end_workers)                        # the last registered runs first, before Python waits for them
     return batches
@@ -262,12 +271,12 @@ def give_up(process, message):
 
 @contextlib.contextmanager
 def stop_on_signals():
-    """A list that becomes non-empty on SIGTERM or SIGINT, so that a run can save first. A second one kills."""
+    """A list that becomes non-empty on SIGTERM or SIGINT, so that a run can save first. A second SIGINT kills."""
     received = []
 
     def note(number, _):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # not SIGTERM: torchrun sends again what its processes had too
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     yield received
@@ -446,7 +455,7 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
 
     forward = torch.compile(model) if run["compile"] else model
     if process.world > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)     # masks and positions never change
+        forward = DistributedDataParallel(forward)
     if process.rank == 0:
         print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} "
               f"videos, {repeats} clips of each\n"

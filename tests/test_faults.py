@@ -117,15 +117,18 @@ def test_one_process_goes_on_with_the_run_of_two(toy, undisturbed, tmp_path):
     torch.testing.assert_close(outcome(tmp_path)[0], undisturbed[0][0], rtol=1e-3, atol=2e-5)
 
 
-def test_a_second_signal_ends_at_once(toy, tmp_path):
-    process = start(toy, tmp_path, "pretrain.epochs=500")
-    while steps_logged(tmp_path) < 2:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGSTOP)                                     # both signals are there before it can save
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 1)])
+def test_a_second_interrupt_kills_but_a_second_sigterm_does_not(toy, tmp_path, number, status):
+    """Under torchrun a process that was sent SIGTERM gets another from torchrun."""
+    process = start(toy, tmp_path, "pretrain.epochs=500", "pretrain.batch=12", "run.max_batch=1", "model.depth=12")
+    while steps_logged(tmp_path) < 1:
+        time.sleep(0.002)
+    for _ in range(2):                                                      # in the second of an epoch's two steps
         process.send_signal(number)
+        time.sleep(0.1)
     _, err = process.communicate(timeout=30)
-    assert process.returncode != 0 and (tmp_path / "last.pt").exists()
+    assert process.returncode == status, err
+    assert (tmp_path / "last.pt").exists() == ("stopped by a signal after step 2" in err) == (status == 1)
 
 
 def test_one_ranks_failure_ends_all_with_its_message(toy, tmp_path):
@@ -250,6 +253,11 @@ PRETRAIN = [
     ("pretrain.batch=0", "pretrain.batch=0"),
     ("pretrain.batch=32", "pretrain.batch=32 is more than the 24 videos"),
     ("pretrain.lr=-1", "pretrain.lr=-1.0: it must be greater than 0"),
+    ("pretrain.lr=.nan", "pretrain.lr=nan: it must be greater than 0"),
+    ("data.stride=0", "data.stride=0: it must be greater than 0"),
+    ("pretrain.betas=[0.9,1]", "pretrain.betas=[0.9, 1.0]: it must be less than 1"),
+    ("finetune.rand_augment=[4,-7.0]", "finetune.rand_augment=[4, -7.0]: it must be greater than 0, or 0"),
+    ("finetune.crop_area=[1.0,0.5]", "finetune.crop_area=[1.0, 0.5]: it must be two shares of the frame"),
     ("pretrain.clips_per_video=0", "pretrain.clips_per_video=0"),
     ("data.train=nowhere.txt", "nowhere.txt: there is no such annotation file; look at data.root"),
     ("data.train={bad}/empty.txt", "empty.txt: the annotation file is empty"),

@@ -65,7 +65,7 @@ def test_classifier_is_the_bidirectional_encoder_with_a_new_norm(pretrained):
     path, source = pretrained
     config = tiny_config()
     model = build_model(config, 8).eval()
-    load_weights(model, path, config)
+    load_weights(model, path, config, None)
     video = torch.randn(2, 3, 8, 32, 32)
     tokens = data_tokens = source.encoder.patch_embed(train_finetune_cubes(video, source)) + source.encoder.positions
     for block in source.encoder.blocks:
@@ -146,7 +146,7 @@ def videomae_file(path, source, **changes):
 def test_official_files_load_and_ours_have_official_names(pretrained, tmp_path):
     source, config = pretrained[1], tiny_config()
     model = build_model(config, 8)
-    sentence, complete = load_weights(model, videomae_file(tmp_path / "official.pth", source), config)
+    sentence, complete = load_weights(model, videomae_file(tmp_path / "official.pth", source), config, None)
     assert "28 tensors of the encoder" in sentence and "left behind: decoder, encoder_to_decoder, mask_token, norm" in sentence
     assert not complete
     assert set(model.state_dict()) == official_names("", "fc_norm") | {"head.weight", "head.bias"}
@@ -155,18 +155,21 @@ def test_official_files_load_and_ours_have_official_names(pretrained, tmp_path):
 
     torch.save({"model": model.state_dict()}, tmp_path / "ours.pt")           # as VideoMAE's fine-tuning script writes it
     again = build_model(config, 8)
-    assert load_weights(again, tmp_path / "ours.pt", config)[1]
+    assert load_weights(again, tmp_path / "ours.pt", config, None)[1]
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    torch.save({"model": model.state_dict(), "classes": list("abcdefgh")}, tmp_path / "named.pt")
+    assert load_weights(again, tmp_path / "named.pt", config, list("abcdefgh"))[1]
+    assert not load_weights(again, tmp_path / "named.pt", config, list("abcdefgx"))[1]      # as many, but others: a new head
     other = build_model(config, 5)                                            # other classes: a new head
-    assert "left behind: fc_norm, head" in load_weights(other, tmp_path / "ours.pt", config)[0]
+    assert "left behind: fc_norm, head" in load_weights(other, tmp_path / "ours.pt", config, None)[0]
     torch.save({"model": {**model.state_dict(), "teacher.weight": torch.zeros(3)}}, tmp_path / "more.pt")
     with pytest.raises(SystemExit, match='Unexpected key.*"teacher.weight"'):
-        load_weights(again, tmp_path / "more.pt", config)
+        load_weights(again, tmp_path / "more.pt", config, None)
     with_teacher = videomae_file(tmp_path / "teacher.pth", source, **{"teacher.weight": torch.zeros(3)})      # a fork's pretraining
-    assert "left behind: decoder, encoder_to_decoder, mask_token, norm, teacher" in load_weights(again, with_teacher, config)[0]
+    assert "left behind: decoder, encoder_to_decoder, mask_token, norm, teacher" in load_weights(again, with_teacher, config, None)[0]
 
     probe = build_model(tiny_config("finetune.probe=linear"), 8)
-    assert "30 tensors" in load_weights(probe, tmp_path / "official.pth", config)[0]       # a probe keeps the final norm
+    assert "30 tensors" in load_weights(probe, tmp_path / "official.pth", config, None)[0]       # a probe keeps the final norm
     assert torch.equal(probe.encoder.norm.weight, source.encoder.norm.weight)
 
 
@@ -179,13 +182,13 @@ def test_official_files_load_and_ours_have_official_names(pretrained, tmp_path):
 def test_files_that_do_not_fit_are_refused_by_name(pretrained, tmp_path, changes, culprit):
     path = videomae_file(tmp_path / "file.pth", pretrained[1], **changes)
     with pytest.raises(SystemExit, match=culprit):
-        load_weights(build_model(tiny_config(), 8), path, tiny_config())
+        load_weights(build_model(tiny_config(), 8), path, tiny_config(), None)
 
 
 def test_another_size_is_refused_by_its_key(pretrained):
     config = tiny_config("model.frames=16", "model.size=64")
     with pytest.raises(SystemExit, match="model.frames is 16, the checkpoint's 8; model.size is 64, the checkpoint's 32"):
-        load_weights(build_model(config, 8), pretrained[0], config)
+        load_weights(build_model(config, 8), pretrained[0], config, None)
 
 
 # Augmentation
