@@ -13,10 +13,13 @@ import contextlib
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial, reduce
 from pathlib import Path
@@ -39,8 +42,12 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
 
 def videos_below(folder):
     """The videos in a folder and its subfolders, links followed, in alphabetical order."""
-    return sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names
-                  if Path(name).suffix.lower() in VIDEO_SUFFIXES)
+    videos = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place).resolve()                    # a link that leads back up would go round for ever
+        folders[:] = [name for name in folders if not here.is_relative_to(Path(place, name).resolve())]
+        videos += [Path(place, name) for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
+    return sorted(videos)
 
 
 def read_text(path):
@@ -234,10 +241,11 @@ def timestamps_are_an_index(container, stream, packets):
     return bool(trusted) and None not in times and len(set(times)) == len(times)
 
 
-def decode_indexed(codec, packets, wanted):
-    """{pts: frame} for the wanted timestamps, from the key frame before each of them."""
+def decode_indexed(codec, packets, wanted, from_start=False):
+    """{pts: frame} for the wanted timestamps, from the key frame before each of them, or else from the start: where
+    pictures are refreshed part by part, what is marked as a key frame is none."""
     place = {packet.pts: i for i, packet in enumerate(packets)}
-    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe and not from_start]
     needed = set()                                      # numbers of packets
     for pts in wanted:                                  # by the key's pts: open groups of pictures
         start = max((key for key in keys if key <= place[pts] and packets[key].pts <= pts), default=0)
@@ -252,6 +260,8 @@ def decode_indexed(codec, packets, wanted):
                           if frame.pts in wanted or frame.is_corrupt)       # damage spreads: convert refuses it
         if gap:
             codec.flush_buffers()
+    if len(frames) < len(wanted) and not from_start:
+        return decode_indexed(codec, packets, wanted, from_start=True)
     if len(frames) < len(wanted):
         raise ValueError(f"{len(wanted) - len(frames)} of {len(wanted)} frames do not decode")
     return frames
@@ -279,7 +289,7 @@ def decode_counted(codec, packets, choose):
 def convert(frame, format="rgb24", **size):
     """The frame in another format (None: its own) and size; ValueError if it is damaged."""
     if frame.is_corrupt:
-        raise ValueError(f"the frame at {frame.time} s is damaged")
+        raise ValueError("a frame is damaged")
     return REFORMATTER.reformat(frame, format=format, **size, threads=1)       # default: a thread pool for every frame
 
 
@@ -548,6 +558,8 @@ def unreadable_reason(path):
                 for frame in stream.codec_context.decode(packet):
                     convert(frame, format=None)         # refuses a damaged one
                     count += 1
+            if any(packet.is_corrupt for packet in packets):
+                raise ValueError("parts of it are missing")
             exact = timestamps_are_an_index(container, stream, packets)
             wanted = sum(not packet.is_discard for packet in packets) if exact else 1
             if count < wanted:
@@ -556,14 +568,25 @@ def unreadable_reason(path):
         return str(error)
 
 
+def start_worker():
+    """Leave Ctrl-C to the process that started this one, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def failures(function, jobs, workers):
     """The reasons that function(job) returns for jobs that failed, each printed at once. BrokenExecutor if one of the
     processes is killed."""
     reasons = []
-    with ProcessPoolExecutor(workers) as pool:
-        for reason in filter(None, tqdm(pool.map(function, jobs, chunksize=4), total=len(jobs), unit="video")):
-            tqdm.write(reason.encode("utf-8", "backslashreplace").decode())     # a file's name need not be UTF-8
-            reasons.append(reason)
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+        try:
+            for reason in filter(None, tqdm(pool.map(function, jobs, chunksize=4), total=len(jobs), unit="video")):
+                tqdm.write(reason.encode("utf-8", "backslashreplace").decode())     # a file's name need not be UTF-8
+                reasons.append(reason)
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise SystemExit("interrupted; what was done stays") from None
     return reasons
 
 

@@ -218,7 +218,7 @@ def write_results(output, results, entries, classes, **about):
     """results.json, predictions.csv and, for up to 50 classes, confusion.png (rows: true class). Returns the former."""
     scores = {**accuracy(results, entries, classes), **about}
     (output / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    with open(output / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+    with open(output / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
         table.writerow(["path", "label"] + [f"{what}{n}" for n in range(1, 6) for what in ("class", "probability")])
         for i, p, _ in results:
