@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import data
+import train_finetune
 import train_pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -189,7 +189,7 @@ def test_a_longer_schedule_other_paths_and_workers_may_go_on(toy, tmp_path):
     assert "run holds a run of 6 steps, longer than pretrain.epochs=1, which are 3: choose another run.output" in err
 
 
-# Bad input: commands as a user types them. Each ends with status 1 and one sentence that names the culprit, and changes nothing
+# Bad input: each ends with one sentence that names the culprit, and changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -220,12 +220,6 @@ def bad(tmp_path_factory, toy, finished):
     content = (finished / "last.pt").read_bytes()
     (bad / "cut.pt").write_bytes(content[:len(content) // 3])
     torch.save({"model": Malicious()}, bad / "code.pt")
-    text = (ROOT / "config.yaml").read_text()
-    for folder, changed in {"twice": "  batch: 1024\n  batch: 512", "tab": "\tbatch: 1024"}.items():
-        (bad / folder).mkdir()
-        for path in ROOT.glob("*.py"):
-            (bad / folder / path.name).write_text(path.read_text())
-        (bad / folder / "config.yaml").write_text(text.replace("  batch: 1024", changed))
     return bad
 
 
@@ -263,14 +257,12 @@ PRETRAIN = [
     ("data.train={bad}/empty.txt", "empty.txt: the annotation file is empty"),
     ("data.train={bad}/binary.txt", "binary.txt: this is not a text file"),
     ("data.train={bad}/gone.txt", "none of its 1 videos is under"),
-    ("data.train={bad}/broken.txt", "broken.mp4"),
     ("data.train={bad}/words.txt", "words.txt:1: the label is not a number: 00001.mp4 cat"),
     ("data.train={bad}/mixed.txt", "mixed.txt:2: expected `path label`"),
     ("data.train={bad}/one.txt", "pretrain.batch=8 is more than the 1 videos"),
     ("data.train={bad}/columns.csv", "the column time_end, time_start is missing"),
     ("data.train={bad}/unknown.json", "the class 'Eating something' is not among"),
     ("data.root={bad}/nowhere", "nowhere: there is no such folder"),
-    ("run.output={bad}/text.pt/run", "text.pt"),
     ("run.output={finished} pretrain.lr=1.0", "pretrain.lr is 1.0, was 0.006"),
     ("run.output={finished} data.train={bad}/fewer.txt pretrain.batch=8", "videos is 8, was 24"),
     ("run.output={finished} run.resume=false", "holds a run: choose another run.output"),
@@ -295,57 +287,69 @@ FINETUNE = [
     ("finetune.sampling=sparse", "finetune.sampling 'sparse' is unknown"),
     ("data.val=", "data.val= has no labels"),
     ("data.train={bad}/bare.txt", "has no labels"),
-    ("run.max_batch=1 finetune.mixup=0.8", "mix different videos, but a process takes one at a time"),
     ("data.val={bad}/high.txt", "has the label 9, but there are 8 classes"),
 ]
-
-
 COMMANDS = [
-    *((f"python {ROOT}/train_pretrain.py {{usual}} {arguments}", culprit) for arguments, culprit in PRETRAIN),
-    *((f"python {ROOT}/train_finetune.py {{usual}} finetune.init=scratch {arguments}", culprit) for arguments, culprit in FINETUNE),
+    ("python {root}/train_pretrain.py {usual} toyy", "preset 'toyy' is unknown; did you mean 'toy'"),
+    ("python {root}/train_pretrain.py {usual} data.train={bad}/broken.txt", "broken.mp4"),
+    ("python {root}/train_pretrain.py {usual} run.output={bad}/text.pt/run", "text.pt"),
+    ("python {root}/train_finetune.py {usual} finetune.init=scratch run.max_batch=1 finetune.mixup=0.8",
+     "mix different videos, but a process takes one at a time"),
     ("python {bad}/fork.py {usual} run.output={finished}", "model_class is 'Fork', was 'ARVideo'"),
-    ("python {bad}/twice/train_pretrain.py", "the key 'batch' stands twice"),
-    ("python {bad}/tab/train_pretrain.py", "found character '\\t'"),
-    (f"python -m torch.distributed.run --standalone --nproc_per_node=2 {ROOT}/train_pretrain.py {{usual}} pretrain.batch=7",
+    ("python -m torch.distributed.run --standalone --nproc_per_node=2 {root}/train_pretrain.py {usual} pretrain.batch=7",
      "pretrain.batch=7 cannot be shared evenly by 2 processes: try pretrain.batch=6"),
-    (f"env RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={{port}} python {ROOT}/train_pretrain.py {{usual}}",
+    ("env RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={port} python {root}/train_pretrain.py {usual}",
      "is the port in use? Give torchrun another --master-port"),
 ]
+
+
+@pytest.fixture
+def usual(toy):
+    return [*TINY, f"data.train={toy}/train.txt", f"data.val={toy}/val.txt", "run.output=run"]
 
 
 def snapshot(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def refusals(toy, bad, finished, tmp_path_factory):
-    """(status, stderr, what it left in its folder) of every command, each run in an empty folder."""
-    usual = shlex.join([*TINY, f"data.train={toy}/train.txt", f"data.val={toy}/val.txt", "run.output=run"])
-
-    def ran(command):
-        folder = tmp_path_factory.mktemp("empty")
-        words = shlex.split(command.format(usual=usual, bad=bad, finished=finished, port=port))
-        process = subprocess.run([sys.executable if word == "python" else word for word in words], cwd=folder, text=True,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return process.returncode, process.stderr, list(folder.iterdir())
-
+@pytest.mark.parametrize("main, arguments, culprit", [
+    *((train_pretrain.main, *row) for row in PRETRAIN), *((train_finetune.main, *row) for row in FINETUNE)])
+def test_bad_input_is_refused(main, arguments, culprit, usual, bad, finished, tmp_path, monkeypatch):
+    """Called in this process: starting Python takes longer than all the rest. What SystemExit says, Python prints."""
     before = snapshot(finished)
-    with socket.socket() as taken, ThreadPoolExecutor(os.cpu_count()) as pool:
+    monkeypatch.chdir(tmp_path)
+    typed = shlex.split(arguments.format(bad=bad, finished=finished))
+    monkeypatch.setattr(sys, "argv", ["", *usual, "finetune.init=scratch", *typed])
+    with pytest.raises(SystemExit) as refusal:
+        main()
+    sentence, = refusal.value.code.splitlines()
+    assert culprit in sentence and not list(tmp_path.iterdir()) and snapshot(finished) == before
+
+
+@pytest.mark.parametrize("command, culprit", COMMANDS)
+def test_a_command_with_bad_input_ends_with_status_1(command, culprit, usual, bad, finished, tmp_path):
+    before = snapshot(finished)
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refusals = dict(zip(COMMANDS, pool.map(ran, (command for command, _ in COMMANDS))))
-    assert snapshot(finished) == before
-    return refusals
-
-
-@pytest.mark.parametrize("row", COMMANDS, ids=lambda row: row[0].replace(str(ROOT), "").replace(" {usual}", ""))
-def test_bad_input_is_refused(row, refusals):
-    command, culprit = row
-    status, err, left = refusals[row]
-    assert status == 1 and culprit in err and not left, err
+        words = shlex.split(command.format(root=ROOT, usual=shlex.join(usual), bad=bad, finished=finished, port=port))
+        process = subprocess.run([sys.executable if word == "python" else word for word in words], cwd=tmp_path, text=True,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    err = process.stderr
+    assert process.returncode == 1 and culprit in err and not list(tmp_path.iterdir()) and snapshot(finished) == before, err
     if "torch.distributed" not in command:                                  # torchrun adds its own report
         assert "Traceback" not in err and culprit in err.strip().splitlines()[-1], err
+
+
+@pytest.mark.parametrize("mistake, culprit", [("  batch: 1024\n  batch: 512", "the key 'batch' stands twice"),
+                                              ("\tbatch: 1024", r"found character '\\t'")])
+def test_a_mistake_in_the_configuration_file_is_named(mistake, culprit, tmp_path, monkeypatch):
+    changed = tmp_path / "config.yaml"
+    changed.write_text(train_pretrain.CONFIG.read_text().replace("  batch: 1024", mistake))
+    monkeypatch.setattr(train_pretrain, "CONFIG", changed)
+    with pytest.raises(SystemExit, match=rf"config.yaml, line \d+: {culprit}"):
+        train_pretrain.load_config([], "pretrain")
 
 
 def test_out_of_memory_proposes_more_accumulation():
