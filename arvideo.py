@@ -3,13 +3,14 @@ ARVideo: autoregressive video pretraining (Ren et al. 2024, arXiv 2405.15160), s
 
 A video is cut into cubes of pixels; each cube becomes a token. Clusters of neighbouring tokens are the elements of
 the autoregression (3.3.1). Every sample gets an order of its clusters, by default a random one (3.3.2); a cluster's
-rank in it is its place. In every cluster a random fifth of the tokens is visible (4.1).
+rank in it is its place, and "earlier" means earlier in it. In every cluster a random fifth of the tokens is visible
+(4.1).
 
     Encoder   takes the visible tokens; a token attends to its own cluster and to earlier ones (3.3.3).
     Decoder   predicts all tokens of a cluster, visible or not, from the encoder's output for earlier clusters (3.3.3).
-    Loss      mean squared error of the pixels, each cube normalised by its own mean and standard deviation (4.1).
+    Loss      mean squared error of the pixels, each cube normalised, colour by colour, by its mean and deviation (4.1).
 
-Two attention masks make one pass do this for all places. The last cluster never enters the encoder, since nothing
+With two attention masks one pass predicts all places. The last cluster never enters the encoder, since nothing
 comes after it; the first is never predicted.
 
     model = ARVideo()                                       # ViT-B, 16 x 224 x 224
@@ -18,7 +19,7 @@ comes after it; the first is never predicted.
 Symbols in the shapes, with their sizes in the paper:
     B   videos in the batch
     N   tokens of a video                   1568 = 8 x 14 x 14
-    P   pixels of a cube, for each colour    512 = 2 x 16 x 16
+    P   pixels of a cube                     512 = 2 x 16 x 16, each with C = 3 colours
     M   clusters of a video                   16 = 4 x 2 x 2
     K   tokens of a cluster                   98 = 2 x 7 x 7
     V   visible tokens of a cluster           20, a fifth of K
@@ -27,7 +28,7 @@ Symbols in the shapes, with their sizes in the paper:
     D   width of the encoder                 768
     d   width of the decoder                 512
 
-A place counts from 0 here, from 1 in the README and in pictures. Run by `python train_pretrain.py`; this file needs
+Places count from 0 here, from 1 in the README and in pictures. Run by `python train_pretrain.py`; this file needs
 torch and nothing else.
 """
 
@@ -58,7 +59,8 @@ def blocks_per_axis(whole, block, what):
 def video_to_cubes(video, cube):
     """Cut a video [B, C, T, H, W] into cubes [B, N, C, P], in raster order (time, height, width)."""
     B, C = video.shape[:2]
-    (t, h, w), (pt, ph, pw) = blocks_per_axis(video.shape[2:], cube, "cube"), cube
+    t, h, w = blocks_per_axis(video.shape[2:], cube, "cube")
+    pt, ph, pw = cube
     x = video.reshape(B, C, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)    # [B, t, h, w, C, pt, ph, pw]
     return x.reshape(B, t * h * w, C, pt * ph * pw)
 
@@ -66,7 +68,7 @@ def video_to_cubes(video, cube):
 def cubes_to_video(cubes, grid, cube):
     """Inverse of video_to_cubes: [B, N, C, P], N filling `grid` (t, h, w), to [B, C, T, H, W]."""
     B, C = cubes.shape[0], cubes.shape[2]
-    (t, h, w), (pt, ph, pw) = grid, cube
+    t, h, w, pt, ph, pw = *grid, *cube
     x = cubes.reshape(B, t, h, w, C, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)    # [B, C, t, pt, h, ph, w, pw]
     return x.reshape(B, C, t * pt, h * ph, w * pw)
 
@@ -97,7 +99,7 @@ def prediction_orders(kind, cluster_grid, batch, generator=None, device=None):
 
 
 def visible_count(tokens, mask_ratio):
-    """How many of a cluster's tokens stay visible: rounded half up, and never fewer than one."""
+    """How many of a cluster's tokens stay visible when mask_ratio of them are hidden: rounded half up, at least one."""
     return max(1, math.floor(tokens - mask_ratio * tokens + 0.5))
 
 
@@ -236,11 +238,11 @@ class Encoder(nn.Module):
 
     def features(self, video):
         """All tokens of a whole video, for transfer: [B, 3, T, H, W] -> [B, N, D]."""
-        return Encoder.forward(self, video_to_cubes(video, self.cube))      # Classifier, a subclass, has its own
+        return Encoder.forward(self, video_to_cubes(video, self.cube))      # a classifier overrides forward
 
 
 class DecoderBlock(nn.Module):
-    """Cross-attention and MLP. Given a `cluster_size`, queries first attend to those of their own cluster (Table 9)."""
+    """Cross-attention and MLP. With a `cluster_size` (Table 9) queries first attend to the queries of their cluster."""
 
     def __init__(self, width, heads, mlp_ratio, cluster_size=None):
         super().__init__()
@@ -287,8 +289,9 @@ class Decoder(nn.Module):
 
 class ARVideo(nn.Module):
     """The pretraining model: encoder, decoder and loss. The arguments are config.yaml's section `model`, explained
-    there; the ablations of the paper (Tables 1, 6-10) change them. Raises ValueError where sizes do not fit, an order
-    is unknown or a ratio is out of range."""
+    there; the ablations of the paper (Tables 1, 6-10) change them. mask_ratio is the share of hidden tokens;
+    predict_after is the number of places at the start that are not predicted, 1 or more. Raises ValueError where sizes
+    do not fit, an order is unknown or a ratio is out of range."""
 
     def __init__(self, frames=16, size=224, cube=(2, 16, 16), cluster=(2, 7, 7), order="random", mask_ratio=0.8,
                  predict_after=1, width=768, depth=12, heads=12, mlp_ratio=4.0, decoder_width=512, decoder_depth=4,
@@ -330,7 +333,7 @@ class ARVideo(nn.Module):
         self.register_buffer("decoder_mask", only_earlier, persistent=False)
 
     def draw(self, batch, generator=None):
-        """For each sample a prediction order [B, M] and visible tokens [B, M, V]; row c belongs to cluster c."""
+        """order [B, M]: the cluster at every place; visible [B, M, V]: the visible tokens of every cluster."""
         order = prediction_orders(self.order, self.cluster_grid, batch, generator, self.clusters.device)
         return order, visible_tokens(self.clusters, self.visible_count, batch, generator)
 
@@ -348,14 +351,14 @@ class ARVideo(nn.Module):
         return prediction.unflatten(2, (3, -1))
 
     def statistics(self, cubes):
-        """Each cube's mean and standard deviation [..., 1], for each colour; without normalise_target 0 and 1."""
+        """Each cube's mean and unbiased deviation [..., 1], for each colour; without normalise_target 0 and 1."""
         if not self.normalise_target:
             return 0.0, 1.0
         deviation, mean = torch.std_mean(cubes, dim=-1, keepdim=True)
         return mean, deviation + 1e-6                   # a flat cube must not divide by zero
 
     def target(self, video, cubes):
-        """What is predicted, before normalisation [B, N, 3, P]: here the cubes themselves. A fork overrides this."""
+        """What is predicted, before normalisation [B, N, 3, P]: the cubes. Forks with another target override this."""
         return cubes
 
     def forward(self, video, order, visible):
@@ -371,7 +374,7 @@ class ARVideo(nn.Module):
     @torch.no_grad()
     def reconstruct(self, video, order, visible):
         """The tokens that the encoder sees and the predictions, as two videos [B, 3, T, H, W] that are zero elsewhere.
-        With normalise_target a cube's mean and deviation come from the true video: what varies inside is predicted."""
+        With normalise_target a cube's mean and deviation come from the true video: only the pattern is predicted."""
         cubes = video_to_cubes(video, self.cube)
         seen, queried = self.line_up(order, visible)
         mean, deviation = self.statistics(take(self.target(video, cubes), queried))
@@ -383,7 +386,7 @@ class ARVideo(nn.Module):
 
 
 def pretrained_encoder(checkpoint, model=ARVideo):
-    """The encoder alone, for transfer (3.3.3), from a checkpoint of train_pretrain.py; `model` is a fork's class.
+    """The encoder alone, for transfer (3.3.3), from a checkpoint of train_pretrain.py; `model` is the class trained.
     Without a mask every token attends to every other: encoder.features(video [B, 3, T, H, W]) -> [B, N, D].
     Raises RuntimeError, naming the tensors, if the weights do not fit the configuration saved with them."""
     encoder = model(**checkpoint["config"]["model"]).encoder

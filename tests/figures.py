@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import arvideo
@@ -56,22 +57,23 @@ def method_picture(model, video):
     rows = draw_picture(model, video, *model.draw(1, torch.Generator().manual_seed(1)))
     (M, K), V, block = model.clusters.shape, model.visible_count, 24        # block: a place, in pixels
     colours = torch.tensor([colour_of(place, M) for place in range(M - 1)], dtype=torch.uint8).repeat_interleave(V, 0)
-    left, top = rows.width + 50, 0
-    picture = Image.new("RGB", (left + max((M - 1) * block, 220), max(rows.height, 2 * (M - 1) * block + 170)), "white")
+    grey, left, top = torch.tensor(235, dtype=torch.uint8), rows.width + 50, 0
+    picture = Image.new("RGB", (left + max((M - 1) * block, 220), max(rows.height, (2 * M - 1) * block + 140)), "white")
     picture.paste(rows, (0, 0))
     pen = ImageDraw.Draw(picture)
-    for mask, each, first, title in (
+    for mask, each, unpredicted, title in (
             (model.encoder_mask, V, 0, f"The encoder: {M - 1} x {V} visible tokens\n(rows) attend to visible tokens"),
             (model.decoder_mask, K, model.predict_after, f"The decoder: {M - model.predict_after} x {K} queries (rows)\nattend to the encoder's output")):
-        pixels = torch.where(mask[..., None], colours, torch.tensor(235, dtype=torch.uint8))    # [rows, columns, 3]
+        mask = F.pad(mask, (0, 0, unpredicted * each, 0))                   # rows without queries, which attend to nothing
+        pixels = torch.where(mask[..., None], colours, grey)                # [rows, columns, 3]
         height = len(mask) // each * block
         picture.paste(Image.fromarray(pixels.numpy()).resize(((M - 1) * block, height), Image.Resampling.NEAREST), (left, top + 58))
         pen.text((left, top + 4), title, "black", font_size=13)
         for i in range(M - 1):
             pen.text((left + (i + 0.5) * block, top + 40), str(i + 1), "black", font_size=13, anchor="ma")
         for i in range(len(mask) // each):
-            pen.text((left - 6, top + 58 + (i + 0.5) * block), str(first + i + 1), "black", font_size=13, anchor="rm")
-        top += height + 74
+            pen.text((left - 6, top + 58 + (i + 0.5) * block), str(i + 1), "black", font_size=13, anchor="rm")
+        top += height + 68
     return picture
 
 
