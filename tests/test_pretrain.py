@@ -216,7 +216,7 @@ def test_too_many_unreadable_videos_stop_the_run(toy, tmp_path):
     for i in range(4):
         (tmp_path / f"broken{i}.mp4").write_text("hello")
     (tmp_path / "list.txt").write_text("\n".join([*lines, *(f"broken{i}.mp4 0" for i in range(4))]))
-    arguments = [*TINY, toy[0], f"data.train={tmp_path / 'list.txt'}", f"run.output={tmp_path / 'run'}", "pretrain.epochs=6"]
+    arguments = [*TINY, *toy, f"data.train={tmp_path / 'list.txt'}", f"run.output={tmp_path / 'run'}", "pretrain.epochs=6"]
     code, out, err = run(arguments)
     assert code == 1 and "videos tried were unreadable, more than data.max_unreadable=0.05" in err and "Traceback" not in err
     assert err.count(f"{tmp_path}/broken2.mp4: ") <= 1 and "broken" in err

@@ -21,7 +21,7 @@ from arvideo import ARVideo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-FIRST = "python train_pretrain.py"                      # of the line that also installs, which is CI's to type
+FIRST = "python train_pretrain.py"                      # of the line that also installs
 COMMANDS = [FIRST] + [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
             for line in block.splitlines() if "pip install" not in line]
 FIGURES = [span for span in re.findall(r"`(python tests/figures.py [^`\n]+)`", README) if not re.search("[A-Z]{4}", span)]
