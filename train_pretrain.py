@@ -170,7 +170,8 @@ def one_sentence(*kinds):
     try:
         yield
     except (data.UnreadableVideo, EOFError, OSError, RuntimeError, *kinds) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        exhausted = "DefaultCPUAllocator", "ALLOC_FAILED", "CUDA error: out of memory"
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in exhausted):
             raise SystemExit(f"out of memory ({line_of(error)}): set run.max_batch below the videos that a process "
                              "takes at once now, so that more is accumulated, or model.checkpointing=true") from None
         if isinstance(error, (EOFError, ConnectionError)) or "exited unexpectedly" in str(error):      # a worker
@@ -195,6 +196,9 @@ def start_process(run):
         raise SystemExit(f"run.device is {name}, but this machine has none; use run.device=auto")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if name == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise SystemExit(f"this machine has {torch.cuda.device_count()} GPUs and torchrun starts more processes: "
+                             "lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # TF32 where fp32 remains
     if "RANK" in os.environ:
@@ -203,7 +207,8 @@ def start_process(run):
             # Restarted by torchrun: its store still has the addresses of the attempt before, under that one's prefix
             if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":      # several machines do not count restarts alike
                 store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                    device_id=device if name == "cuda" else None)
         except dist.DistNetworkError as error:
             raise SystemExit(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                              f"({line_of(error)}); is the port in use? Give torchrun another --master-port") from None
@@ -481,7 +486,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
             for i in range(accumulation):
                 asked = time.perf_counter()
                 micro_batch = next(batches)
-                waited += time.perf_counter() - asked
+                if process.device.type != "cuda" or torch.cuda.current_stream().query():        # else it had work left
+                    waited += time.perf_counter() - asked
                 failures += micro_batch[2]
                 wait = process.world > 1 and i + 1 < accumulation       # processes share gradients once a step
                 with forward.no_sync() if wait else contextlib.nullcontext():
@@ -568,7 +574,7 @@ def main():
 
     def loss_of(forward, batch, step, rows):
         """Every process draws for the whole global batch and takes its own rows: the draw of a clip depends on
-        the step and its row alone, not on the number of processes."""
+        the step and its row alone (and the kind of GPU), not on the number of processes."""
         order, visible = model.draw(settings["batch"] * repeats, generator.manual_seed(data.seed_of(run["seed"], step)))
         return forward(data.normalise(batch[0], process.device), order[rows], visible[rows])
 
