@@ -244,6 +244,8 @@ def labelled_lists(config):
     for name, entries in (("train", train), ("val", val)):
         if not entries or entries[0][1] is None:
             raise SystemExit(f"data.{name}={config['data'][name]} has no labels, which fine-tuning needs")
+    if not classes and all(label > 0 for _, label in train):
+        raise SystemExit(f"data.train={config['data']['train']}: no video has the label 0, from which labels count")
     classes = classes or [str(c) for c in range(max(label for _, label in train) + 1)]
     for path, label in train + val:
         if label >= len(classes):

@@ -288,6 +288,7 @@ FINETUNE = [
     ("data.val=", "data.val= has no labels"),
     ("data.train={bad}/bare.txt", "has no labels"),
     ("data.val={bad}/high.txt", "has the label 9, but there are 8 classes"),
+    ("data.train={bad}/fewer.txt", "fewer.txt: no video has the label 0"),
 ]
 COMMANDS = [
     ("python {root}/train_pretrain.py {usual} toyy", "preset 'toyy' is unknown; did you mean 'toy'"),
