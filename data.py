@@ -57,35 +57,6 @@ def read_text(path):
         raise ValueError(f"{path}: this is not a text file in UTF-8") from None
 
 
-def read_annotations(source, root="", classes=None):
-    """Videos of a data set: ([(path, label or None), ...], class names or None).
-    `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's JSON (with labels.json
-    beside it) or a list of lines `path` or `path label`, itself under `root` or not; its content tells which. Videos
-    lie under `root`, which is the annotations' own folder if empty; those of a list in either. `classes`, the names of
-    the training set, fixes the class numbers. Files that do not exist are counted on stderr. Raises ValueError naming
-    the file, the line and what is wrong with it."""
-    places = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
-    source = next(filter(Path.exists, places), None)
-    if source is None:
-        raise ValueError(f"{' and '.join(map(str, places))}: there is no such annotation file; "
-                         "look at data.root, data.train and data.val")
-    root = Path(root).expanduser() if root else source.parent
-    if source.is_dir():
-        return read_folder(source, classes)
-    text = read_text(source)
-    if not root.is_dir():
-        raise ValueError(f"{root}: there is no such folder of videos (data.root)")
-    first = text.lstrip().partition("\n")[0]
-    if first.startswith("[") and first[1:].lstrip()[:1] in ("", "{", "]"):      # and not a video named [1].mp4
-        entries, classes = read_ssv2(source, text, classes)
-    elif "youtube_id" in next(csv.reader([first])):
-        entries, classes = read_kinetics(source, text, classes)
-    else:
-        return read_list(source, text, root, classes)
-    files = {path.stem: path for path in videos_below(root)}
-    return existing(source, root, [(files.get(stem), stem, label) for stem, label in entries]), classes
-
-
 def existing(source, root, entries):
     """The (path, label) of the (path or None, name, label) whose file is there; the others are reported."""
     if not entries:
@@ -98,6 +69,15 @@ def existing(source, root, entries):
         print(f"{source}: {len(missing)} of {len(entries)} videos are not under {root}, first {', '.join(missing[:5])}",
               file=sys.stderr)
     return [(str(path), label) for path, _, label in entries if path is not None]
+
+
+def number(source, entries, classes):
+    """[(video, class name), ...] -> ([(video, class number), ...], class names); alphabetical without `classes`."""
+    classes = classes or sorted({label for _, label in entries})
+    numbers = {name: i for i, name in enumerate(classes)}
+    if unknown := {label for _, label in entries} - set(numbers):
+        raise ValueError(f"{source}: the class '{min(unknown)}' is not among the {len(classes)} known ones")
+    return [(video, numbers[label]) for video, label in entries], classes
 
 
 def read_folder(source, classes):
@@ -133,24 +113,15 @@ def read_ssv2(source, text, classes):
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source}: expected a JSON list of objects with `id` and `template` ({error!r})") from None
     if classes is None:
-        names = sorted(source.parent.glob("*labels.json"))
-        if not names:
+        files = sorted(source.parent.glob("*labels.json"))
+        if not files:
             raise ValueError(f"{source}: Something-Something's labels.json is not beside it")
         try:
-            numbers = json.loads(read_text(names[0]))
+            numbers = json.loads(read_text(files[0]))
             classes = sorted(numbers, key=lambda name: int(numbers[name]))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{names[0]}: expected a JSON object of class names and numbers ({error!r})") from None
+            raise ValueError(f"{files[0]}: expected a JSON object of class names and numbers ({error!r})") from None
     return number(source, entries, classes)
-
-
-def number(source, entries, classes):
-    """[(video, class name), ...] -> ([(video, class number), ...], class names); alphabetical without `classes`."""
-    classes = classes or sorted({label for _, label in entries})
-    numbers = {name: i for i, name in enumerate(classes)}
-    if unknown := {label for _, label in entries} - set(numbers):
-        raise ValueError(f"{source}: the class '{min(unknown)}' is not among the {len(classes)} known ones")
-    return [(video, numbers[label]) for video, label in entries], classes
 
 
 def find(name, folders):
@@ -175,19 +146,45 @@ def read_list(source, text, root, classes):
         if path is None and label is None and find(line.rsplit(maxsplit=1)[0], (root, source.parent)):
             raise ValueError(f"{source}:{line_number}: the label is not a number: {line[:200]}")
         entries.append((path, name, label and int(label)))
-    names = source.with_name("classes.txt")
-    if classes is None and names.is_file():
-        classes = list(filter(None, map(str.strip, read_text(names).split("\n"))))
+    class_file = source.with_name("classes.txt")
+    if classes is None and class_file.is_file():
+        classes = list(filter(None, map(str.strip, read_text(class_file).split("\n"))))
     return existing(source, root, entries), classes
+
+
+def read_annotations(source, root="", classes=None):
+    """Videos of a data set: ([(path, label or None), ...], class names or None).
+    `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's JSON (with labels.json
+    beside it) or a list of lines `path` or `path label`, itself under `root` or not; its content tells which. Videos
+    lie under `root`, which is the annotations' own folder if empty; those of a list in either. `classes`, the names of
+    the training set, fixes the class numbers. Files that do not exist are counted on stderr. Raises ValueError naming
+    the file, the line and what is wrong with it."""
+    places = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
+    source = next(filter(Path.exists, places), None)
+    if source is None:
+        raise ValueError(f"{' and '.join(map(str, places))}: there is no such annotation file; "
+                         "look at data.root, data.train and data.val")
+    root = Path(root).expanduser() if root else source.parent
+    if source.is_dir():
+        return read_folder(source, classes)
+    text = read_text(source)
+    if not root.is_dir():
+        raise ValueError(f"{root}: there is no such folder of videos (data.root)")
+    first = text.lstrip().partition("\n")[0]
+    if first.startswith("[") and first[1:].lstrip()[:1] in ("", "{", "]"):      # and not a video named [1].mp4
+        entries, classes = read_ssv2(source, text, classes)
+    elif "youtube_id" in next(csv.reader([first])):
+        entries, classes = read_kinetics(source, text, classes)
+    else:
+        return read_list(source, text, root, classes)
+    files = {path.stem: path for path in videos_below(root)}
+    return existing(source, root, [(files.get(stem), stem, label) for stem, label in entries]), classes
 
 
 # --- Decoding -------------------------------------------------------------------------------------
 
 class UnreadableVideo(Exception):
     """A video that cannot be decoded; the message names the file and the reason."""
-
-
-REFORMATTER = VideoReformatter()        # one a process: it keeps its scaler, a frame's own would not
 
 
 @contextlib.contextmanager
@@ -208,19 +205,28 @@ def open_video(path):
         raise UnreadableVideo(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def read_clips(path, choose):
-    """Decode clips of one video: choose(number of frames) -> [[frame number, ...], ...].
-    Returns a uint8 tensor [T, H, W, 3] (RGB, upright) for every inner list; numbers beyond the last frame repeat it.
-    UnreadableVideo names the file. Where timestamps can be trusted, only what the wanted frames need is decoded."""
-    with open_video(path) as (container, stream):
-        packets = read_packets(container, stream)
-        if timestamps_are_an_index(container, stream, packets):
-            shown = sorted(packet.pts for packet in packets if not packet.is_discard)       # edit lists discard
-            clips = [[shown[min(i, len(shown) - 1)] for i in clip] for clip in choose(len(shown))]
-            frames = decode_indexed(stream.codec_context, packets, {pts for clip in clips for pts in clip})
-        else:
-            clips, frames = decode_counted(stream.codec_context, packets, choose)
-        return assemble(clips, frames)
+REFORMATTER = VideoReformatter()        # one a process: it keeps its scaler, a frame's own would not
+
+
+def convert(frame, format="rgb24", **size):
+    """The frame in another format (None: its own) and size; ValueError if it is damaged."""
+    if frame.is_corrupt:
+        raise ValueError("a frame is damaged")
+    return REFORMATTER.reformat(frame, format=format, **size, threads=1)       # default: a thread pool for every frame
+
+
+def assemble(clips, frames):
+    """[T, H, W, 3] for every clip, turned upright; frames of another size take that of the first."""
+    first = frames[min(frames)]
+    views = {}                                          # without a copy
+    for key, frame in frames.items():
+        if (frame.width, frame.height) != (first.width, first.height):
+            frame = convert(frame, width=first.width, height=first.height)
+        plane = frame.planes[0]
+        views[key] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(
+            (frame.height, frame.width, 3), (plane.line_size, 3, 1))
+    turns = round(first.rotation / 90)                  # the display matrix of the file, counter-clockwise
+    return [torch.rot90(torch.stack([views[key] for key in clip]), turns, (1, 2)) for clip in clips]
 
 
 def read_packets(container, stream):
@@ -236,9 +242,9 @@ def read_packets(container, stream):
 def timestamps_are_an_index(container, stream, packets):
     """Whether the packets' timestamps tell the frames in order of display; in avi, raw streams and some mkv they lie,
     and vp8 has packets that show nothing."""
-    trusted = {"mov", "mpegts"} & set(container.format.name.split(",")) or stream.codec_context.name == "vp9"
-    times = [packet.pts for packet in packets]
-    return bool(trusted) and None not in times and len(set(times)) == len(times)
+    formats, times = container.format.name.split(","), [packet.pts for packet in packets]
+    trusted = "mov" in formats or "mpegts" in formats or stream.codec_context.name == "vp9"
+    return trusted and None not in times and len(set(times)) == len(times)
 
 
 def decode_indexed(codec, packets, wanted, from_start=False):
@@ -260,11 +266,11 @@ def decode_indexed(codec, packets, wanted, from_start=False):
                           if frame.pts in wanted or frame.is_corrupt)       # damage spreads: convert refuses it
         if gap:
             codec.flush_buffers()
-    if len(frames) < len(wanted) and not from_start:
-        return decode_indexed(codec, packets, wanted, from_start=True)
-    if len(frames) < len(wanted):
+    if len(frames) == len(wanted):
+        return frames
+    if from_start:
         raise ValueError(f"{len(wanted) - len(frames)} of {len(wanted)} frames do not decode")
-    return frames
+    return decode_indexed(codec, packets, wanted, from_start=True)
 
 
 def decode_counted(codec, packets, choose):
@@ -272,39 +278,33 @@ def decode_counted(codec, packets, choose):
     count = len(packets)
     while count:
         clips = [[min(i, count - 1) for i in clip] for clip in choose(count)]
-        wanted, frames, count, damaged = {i for clip in clips for i in clip}, {}, 0, False
-        for frame in (frame for packet in [*packets, None] for frame in codec.decode(packet)):
+        wanted, frames, number, damaged = {i for clip in clips for i in clip}, {}, -1, False
+        for number, frame in enumerate(frame for packet in [*packets, None] for frame in codec.decode(packet)):
             damaged = frame.is_corrupt or damaged and not frame.key_frame   # damage spreads to the next key frame
-            if count in wanted:
+            if number in wanted:
                 if damaged:
                     raise ValueError("it is damaged before a wanted frame")
-                frames[count] = convert(frame)
+                frames[number] = convert(frame)
                 if len(frames) == len(wanted):
                     return clips, frames
-            count += 1
-        codec.flush_buffers()                           # fewer frames than packets: choose again among them
+        count = number + 1                              # fewer frames than packets: choose again among them
+        codec.flush_buffers()
     raise ValueError("none of its frames decodes")
 
 
-def convert(frame, format="rgb24", **size):
-    """The frame in another format (None: its own) and size; ValueError if it is damaged."""
-    if frame.is_corrupt:
-        raise ValueError("a frame is damaged")
-    return REFORMATTER.reformat(frame, format=format, **size, threads=1)       # default: a thread pool for every frame
-
-
-def assemble(clips, frames):
-    """[T, H, W, 3] for every clip, turned upright; frames of another size take that of the first."""
-    first = frames[min(frames)]
-    views = {}
-    for key, frame in frames.items():
-        if (frame.width, frame.height) != (first.width, first.height):
-            frame = convert(frame, width=first.width, height=first.height)
-        plane = frame.planes[0]
-        views[key] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(
-            (frame.height, frame.width, 3), (plane.line_size, 3, 1))
-    turns = round(first.rotation / 90)                  # the display matrix of the file, counter-clockwise
-    return [torch.rot90(torch.stack([views[key] for key in clip]), turns, (1, 2)) for clip in clips]
+def read_clips(path, choose):
+    """Decode clips of one video: choose(number of frames) -> [[frame number, ...], ...].
+    Returns a uint8 tensor [T, H, W, 3] (RGB, upright) for every inner list; numbers beyond the last frame repeat it.
+    UnreadableVideo names the file. Where timestamps can be trusted, only what the wanted frames need is decoded."""
+    with open_video(path) as (container, stream):
+        packets = read_packets(container, stream)
+        if timestamps_are_an_index(container, stream, packets):
+            shown = sorted(packet.pts for packet in packets if not packet.is_discard)       # edit lists discard
+            clips = [[shown[min(i, len(shown) - 1)] for i in clip] for clip in choose(len(shown))]
+            frames = decode_indexed(stream.codec_context, packets, {pts for clip in clips for pts in clip})
+        else:
+            clips, frames = decode_counted(stream.codec_context, packets, choose)
+        return assemble(clips, frames)
 
 
 # --- Sampling and augmentation --------------------------------------------------------------------
@@ -400,9 +400,9 @@ def random_erasing(clip, probability):
     return tv.erase(clip, **box, v=(noise.clamp(0, 1) * 255).byte())
 
 
-def finetuning_clip(clip, size, flip, crop_area, augment, erase):
+def finetuning_clip(clip, size, flip, crop_area, strength, erase):
     """[T, 3, H, W] -> [T, 3, size, size]: RandAugment, random resized crop, flip, random erasing."""
-    clip = rand_augment(clip, *augment)
+    clip = rand_augment(clip, *strength)
     clip = RandomResizedCrop(size, scale=crop_area, ratio=(3 / 4, 4 / 3), antialias=True)(clip)
     clip = clip.flip(-1) if flip and torch.rand(()) < 0.5 else clip
     return random_erasing(clip, erase)
@@ -422,13 +422,13 @@ def seed_of(*numbers):
 
 
 class Videos(Dataset):
-    """Clips of listed videos. Item (epoch, i) -> (clips uint8 [R, 3, T, S, S], label, unreadable videos).
-    choose(number of frames) -> R lists of frame numbers; augment(clip [T, 3, H, W]) -> [T, 3, S, S]. Both draw from
-    torch's generator, which is seeded by (seed, epoch, i). In place of an unreadable video another one is drawn,
-    `draws` videos in all; then UnreadableVideo is raised. A video without a label has -1."""
+    """Clips of listed videos. Item (epoch, i) -> (clips uint8 [R, 3, T, size, size], label, unreadable videos).
+    choose(number of frames) -> R lists of frame numbers; augment(clip [T, 3, H, W]) -> [T, 3, size, size]. Both draw
+    from torch's generator, seeded by (seed, epoch, i). In place of an unreadable video another one is drawn, ten videos
+    in all; then UnreadableVideo is raised. A video without a label has -1."""
 
-    def __init__(self, entries, choose, augment, seed, draws=10):
-        self.entries, self.choose, self.augment, self.seed, self.draws = entries, choose, augment, seed, draws
+    def __init__(self, entries, choose, augment, seed):
+        self.entries, self.choose, self.augment, self.seed = entries, choose, augment, seed
 
     def __len__(self):
         return len(self.entries)
@@ -438,7 +438,7 @@ class Videos(Dataset):
         failures = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, epoch, i))
-            while len(failures) < self.draws:
+            while len(failures) < 10:
                 path, label = self.entries[i]
                 try:
                     clips = read_clips(path, self.choose)       # R x [T, H, W, 3]
@@ -448,18 +448,18 @@ class Videos(Dataset):
                 except UnreadableVideo as error:
                     failures.append(str(error))
                     i = torch.randint(len(self.entries), ()).item()
-        raise UnreadableVideo(f"{self.draws} videos in a row are unreadable; the last: {failures[-1]}")
+        raise UnreadableVideo(f"{len(failures)} videos in a row are unreadable; the last: {failures[-1]}")
 
 
 def collate(items):
-    """Samples -> (clips [B R, 3, T, S, S], labels [B R], reasons of unreadable videos)."""
+    """Samples -> (clips [B R, 3, T, size, size], labels [B R], reasons of unreadable videos)."""
     clips, labels, failures = zip(*items)
     return torch.cat(clips), torch.tensor(labels).repeat_interleave(len(clips[0])), sum(failures, [])
 
 
 class Views(Dataset):
-    """All test views of listed videos. Item i -> (i, views uint8 [V, 3, T, S, S], None), or, since evaluation
-    never substitutes, (i, None, reason) for an unreadable video. One decode serves all views."""
+    """All test views of listed videos. Item i -> (i, uint8 [clips x crops, 3, T, size, size], None), or, since
+    evaluation never substitutes, (i, None, reason) for an unreadable video. One decode serves all views."""
 
     def __init__(self, entries, choose, size, crops):
         self.entries, self.choose, self.size, self.crops = entries, choose, size, crops
@@ -574,6 +574,12 @@ def start_worker():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+def kill_workers():
+    """End the processes that this one started, those that ignore signals too."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def failures(function, jobs, workers):
     """The reasons that function(job) returns for jobs that failed, each printed at once. BrokenExecutor if one of the
     processes is killed."""
@@ -584,8 +590,7 @@ def failures(function, jobs, workers):
                 tqdm.write(reason.encode("utf-8", "backslashreplace").decode())     # a file's name need not be UTF-8
                 reasons.append(reason)
         except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.kill()
+            kill_workers()
             raise SystemExit("interrupted; what was done stays") from None
     return reasons
 

@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +96,7 @@ class Probe(nn.Module):
 
 
 def mix_videos(clips, labels, mixes, repeats):
-    """MixUp or CutMix, one of the transforms `mixes`: (clips [B R, 3, T, S, S], targets [B R, classes]) of clips and
+    """MixUp or CutMix, one of the transforms `mixes`: (clips [B R, 3, T, H, W], targets [B R, classes]) of clips and
     labels [B R] in which the R = `repeats` clips of a video follow each other. Each is mixed with another video's."""
     apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()          # the transforms mix neighbours
     mix = mixes[torch.randint(len(mixes), ()).item()]
@@ -166,7 +167,7 @@ def finetuned_classifier(checkpoint):
     return model.eval(), checkpoint["classes"]
 
 
-def sampler(config, dense, segments, clips):
+def frame_chooser(config, dense, segments, clips):
     """The function that chooses frame numbers: `dense` or `segments`, as finetune.sampling says, for `clips` clips."""
     frames = config["model"]["frames"]
     if config["finetune"]["sampling"] == "dense":
@@ -179,7 +180,7 @@ def evaluate(model, entries, config, process, autocast, clips, crops):
     """[(i, probabilities [classes] or None, reason or None), ...] for every video, in the first process; [] elsewhere.
     A video's probabilities are the mean over its clips x crops views of each view's softmax. Each process takes every
     world-th video: none is padded or counted twice. Unreadable ones have no probabilities."""
-    choose = sampler(config, data.dense_views, data.segment_views, clips)
+    choose = frame_chooser(config, data.dense_views, data.segment_views, clips)
     at_once = config["run"]["max_batch"] or 32          # views; more would fill the workers' queues with gigabytes
     videos = data.Views(entries, choose, config["model"]["size"], crops)
     batches = start_workers(config["run"], process, videos, max(1, at_once // (clips * crops)),
@@ -189,7 +190,7 @@ def evaluate(model, entries, config, process, autocast, clips, crops):
     for batch in tqdm(batches, desc="testing", unit="batch", leave=False, disable=process.rank > 0):
         results += [(i, None, reason) for i, views, reason in batch if views is None]
         if readable := [(i, views) for i, views, _ in batch if views is not None]:
-            views = torch.cat([views for _, views in readable])                     # [n V, 3, T, S, S]
+            views = torch.cat([views for _, views in readable])                     # [n x views, 3, T, H, W]
             with autocast():
                 logits = torch.cat([model(data.normalise(part, process.device)) for part in views.split(at_once)])
             probabilities = logits.float().softmax(1).unflatten(0, (len(readable), -1)).mean(1).cpu()
@@ -205,12 +206,10 @@ def evaluate(model, entries, config, process, autocast, clips, crops):
 def accuracy(results, entries, classes):
     """top-1, top-5 and per-class accuracy in percent; an unreadable video counts as wrong."""
     ranks = {i: p.argsort(descending=True).tolist().index(entries[i][1]) for i, p, _ in results if p is not None}
-    right = {}
-    for i, _, _ in results:
-        right.setdefault(entries[i][1], []).append(ranks.get(i) == 0)
-    per_class = {classes[c]: 100 * sum(own) / len(own) for c, own in sorted(right.items())}
-    return dict(top1=100 * sum(rank == 0 for rank in ranks.values()) / len(results),
-                top5=100 * sum(rank < 5 for rank in ranks.values()) / len(results),
+    total = Counter(entries[i][1] for i, _, _ in results)
+    right = Counter(entries[i][1] for i, rank in ranks.items() if rank == 0)
+    per_class = {classes[c]: 100 * right[c] / total[c] for c in sorted(total)}
+    return dict(top1=100 * right.total() / len(results), top5=100 * sum(r < 5 for r in ranks.values()) / len(results),
                 videos=len(results), unreadable=[reason for _, _, reason in results if reason], per_class=per_class)
 
 
@@ -254,7 +253,7 @@ def labelled_lists(config):
 
 
 def start_from(model, config, classes):
-    """Load what finetune.init names; returns a sentence on the origin."""
+    """Load what finetune.init names, unless a run goes on; returns a sentence on the origin."""
     init, output = config["finetune"]["init"], Path(config["run"]["output"])
     if config["finetune"]["test_only"]:
         sentence, complete = load_weights(model, init, config, classes)
@@ -272,12 +271,12 @@ def main():
     config = load_config(sys.argv[1:], "finetune")
     run, settings, output = config["run"], config["finetune"], Path(config["run"]["output"])
     process = start_process(run)
-    precision = autocast, _ = mixed_precision(run["precision"], process.device)
+    autocast, scaler = mixed_precision(run["precision"], process.device)
     torch.manual_seed(run["seed"])
     with one_sentence(ValueError):
         train, val, classes = labelled_lists(config)
         model = build_model(config, len(classes)).to(process.device)
-        choose = sampler(config, data.dense_clips, data.segment_clips, settings["clips_per_video"])
+        choose = frame_chooser(config, data.dense_clips, data.segment_clips, settings["clips_per_video"])
     origin = start_from(model, config, classes)
     frames, size, stride = config["model"]["frames"], config["model"]["size"], config["data"]["stride"]
     if process.rank == 0:
@@ -292,7 +291,7 @@ def main():
 
     repeats = settings["clips_per_video"]
     augment = partial(data.finetuning_clip, size=size, flip=settings["flip"], crop_area=settings["crop_area"],
-                      augment=settings["rand_augment"], erase=settings["erase"])
+                      strength=settings["rand_augment"], erase=settings["erase"])
     mixes = [mix(alpha=settings[key], num_classes=len(classes)) for mix, key in ((MixUp, "mixup"), (CutMix, "cutmix"))
              if settings[key] > 0]
 
@@ -300,10 +299,10 @@ def main():
         # Mixing, drop path and dropout depend on the step and the rows alone, so that a resumed run repeats them
         torch.manual_seed(data.seed_of(run["seed"], step, int(rows[0])))
         clips, labels = data.normalise(batch[0], process.device), batch[1].to(process.device)
-        if mixes and len(clips) == repeats:
-            give_up(process, "finetune.mixup and finetune.cutmix mix different videos, but a process takes one at a "
-                             "time: raise finetune.batch or run.max_batch, or set both to 0")
         if mixes:
+            if len(clips) == repeats:
+                give_up(process, "finetune.mixup and finetune.cutmix mix different videos, but a process takes one at "
+                                 "a time: raise finetune.batch or run.max_batch, or set both to 0")
             clips, labels = mix_videos(clips, labels, mixes, repeats)
         return F.cross_entropy(forward(clips).float(), labels, label_smoothing=settings["label_smoothing"])
 
@@ -321,8 +320,10 @@ def main():
 
     if not settings["test_only"]:
         scale = layer_decay(config["model"]["depth"], settings["layer_decay"])
-        trained = fit(config, "finetune", process, precision, model, data.Videos(train, choose, augment, run["seed"]),
-                      adamw(model, settings, process.device, scale), loss_of, validate, classes=classes)
+        videos = data.Videos(train, choose, augment, run["seed"])
+        optimizer = adamw(model, settings, process.device, scale)
+        trained = fit(config, "finetune", process, autocast, scaler, model, videos, optimizer, loss_of, validate,
+                      classes=classes)
         origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before, now only tested'}"
 
     clips, crops = settings["test_clips"], settings["test_crops"]

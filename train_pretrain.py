@@ -16,7 +16,6 @@ import difflib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -143,12 +142,6 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_workers():
-    """At exit after an error: Python ends its children by SIGTERM, which ours ignore, and would wait for ever."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
 def start_workers(run, process, videos, at_once, order, collate):
     """Batches of `at_once` videos, read by workers that ignore signals and end with this process, however it ends."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)      # Python 3.14's server of workers inherits this
@@ -156,7 +149,8 @@ def start_workers(run, process, videos, at_once, order, collate):
                               pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals))
     signal.signal(signal.SIGTERM, before)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's raises anywhere; the next batch tells of a dead worker
-    atexit.register(end_workers)                        # the last registered runs first, before Python waits for them
+    # At exit Python sends its children SIGTERM, which ours ignore, and waits; what is registered last runs before that
+    atexit.register(data.kill_workers)
     return batches
 
 
@@ -201,19 +195,19 @@ def start_process(run):
                              "lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # TF32 where fp32 remains
-    if "RANK" in os.environ:
-        try:
-            store, rank, world = next(dist.rendezvous("env://"))
-            # Restarted by torchrun: its store still has the addresses of the attempt before, under that one's prefix
-            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":      # several machines do not count restarts alike
-                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                    device_id=device if name == "cuda" else None)
-        except dist.DistNetworkError as error:
-            raise SystemExit(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-                             f"({line_of(error)}); is the port in use? Give torchrun another --master-port") from None
-        return Process(rank, world, device)
-    return Process(0, 1, device)
+    if "RANK" not in os.environ:
+        return Process(0, 1, device)
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
+        # Restarted by torchrun: its store still has the addresses of the attempt before, under that one's prefix
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":      # several machines do not count restarts alike
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                device_id=device if name == "cuda" else None)
+    except dist.DistNetworkError as error:
+        raise SystemExit(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                         f"({line_of(error)}); is the port in use? Give torchrun another --master-port") from None
+    return Process(rank, world, device)
 
 
 def mixed_precision(precision, device):
@@ -276,7 +270,7 @@ def give_up(process, message):
 
 @contextlib.contextmanager
 def stop_on_signals():
-    """A list that becomes non-empty on SIGTERM or SIGINT, so that a run can save first. A second SIGINT kills."""
+    """A list that becomes non-empty on SIGTERM or SIGINT, so that a run can save first. Any SIGINT after that kills."""
     received = []
 
     def note(number, _):
@@ -344,8 +338,8 @@ def check_same_training(config, checkpoint, output, stage, about):
 
 
 class Log:
-    """log.jsonl, one line a step and one a validation, and the same for TensorBoard where it is installed. Older lines
-    of `step`, the first to be written, and later ones are dropped."""
+    """log.jsonl, one line a step and one a validation, and the same for TensorBoard where it is installed. `step` is
+    the first to be written: lines that an earlier run left for it or for later steps are dropped."""
 
     def __init__(self, output, step):
         path, kept = output / "log.jsonl", output / "log.jsonl.tmp"
@@ -360,8 +354,8 @@ class Log:
 
     def write(self, step, **values):
         self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items() if self.board else ():
-            if value is not None:
+        for name, value in values.items():
+            if self.board and value is not None:
                 self.board.add_scalar(name, value, step)
 
 
@@ -412,20 +406,19 @@ def read_lists(config):
             dist.barrier()
     if not train:
         raise SystemExit("data.train is empty: name a list, a CSV, a JSON or a folder of classes")
-    train, val = (data.TOY_ROOT / f"{split}.txt" if source == "toy" else source
-                  for split, source in (("train", train), ("val", val)))
+    train = data.TOY_ROOT / "train.txt" if train == "toy" else train
+    val = data.TOY_ROOT / "val.txt" if val == "toy" else val
     videos, classes = data.read_annotations(train, root)
     return videos, data.read_annotations(val, root, classes)[0] if val else [], classes
 
 
-def fit(config, stage, process, precision, model, videos, optimizer, loss_of, end_epoch, **also):
+def fit(config, stage, process, autocast, scaler, model, videos, optimizer, loss_of, end_epoch, **also):
     """Train `model` on `videos` as section `stage` of the configuration says, from the last checkpoint on.
     loss_of(forward, batch, step, rows) is the loss of a micro-batch (clips, labels, unreadable), where rows [b] tells
     which of the global batch's clips these are; forward is the model, compiled and wrapped as the run asks.
     end_epoch(epoch, last) is called in every process after every epoch; what it returns goes into the log, `also` into
     the checkpoints. Returns whether it trained at all: a finished run is left as it is."""
     run, settings, output = config["run"], config[stage], Path(config["run"]["output"])
-    autocast, scaler = precision
     batch, repeats = settings["batch"], settings["clips_per_video"]
     at_once, accumulation = split_batch(batch, process, run["max_batch"], len(videos), f"{stage}.batch")
     per_epoch = len(videos) // batch
@@ -489,8 +482,8 @@ def fit(config, stage, process, precision, model, videos, optimizer, loss_of, en
                 if process.device.type != "cuda" or torch.cuda.current_stream().query():        # else it had work left
                     waited += time.perf_counter() - asked
                 failures += micro_batch[2]
-                wait = process.world > 1 and i + 1 < accumulation       # processes share gradients once a step
-                with forward.no_sync() if wait else contextlib.nullcontext():
+                defer = process.world > 1 and i + 1 < accumulation      # processes share gradients once a step
+                with forward.no_sync() if defer else contextlib.nullcontext():
                     with autocast():
                         part = loss_of(forward, micro_batch, step, rows[i]) / accumulation
                     scaler.scale(part).backward()
@@ -552,7 +545,7 @@ def main():
     config = load_config(sys.argv[1:], "pretrain")
     run, settings, output = config["run"], config["pretrain"], Path(config["run"]["output"])
     process = start_process(run)
-    precision = autocast, _ = mixed_precision(run["precision"], process.device)
+    autocast, scaler = mixed_precision(run["precision"], process.device)
     torch.manual_seed(run["seed"])
     with one_sentence(ValueError):
         model = ARVideo(**config["model"]).to(process.device)
@@ -596,7 +589,7 @@ def main():
             tqdm.write(f"no picture of epoch {epoch}: {error}", file=sys.stderr)
 
     optimizer = adamw(model, settings, process.device)
-    trained = fit(config, "pretrain", process, precision, model, videos, optimizer, loss_of, end_epoch)
+    trained = fit(config, "pretrain", process, autocast, scaler, model, videos, optimizer, loss_of, end_epoch)
     if process.rank == 0:
         print(f"{output} is {'now ' if trained else 'already '}finished: last.pt, log.jsonl and pictures are there")
     if process.world > 1:
