@@ -16,7 +16,7 @@ comes after it; the first is never predicted.
     model = ARVideo()                                       # ViT-B, 16 x 224 x 224
     loss = model(video, *model.draw(len(video)))            # video [B, 3, 16, 224, 224]
 
-Symbols in the shapes, with the default sizes (the paper's; for Q see predict_after):
+Symbols in the shapes, with the default sizes, the paper's but for Q (1372, as predict_after=2 gives):
     B   videos in the batch
     N   tokens of a video                   1568 = 8 x 14 x 14
     P   pixels of a cube                     512 = 2 x 16 x 16, each with C = 3 colours

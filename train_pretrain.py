@@ -479,7 +479,8 @@ def fit(config, stage, process, autocast, scaler, model, videos, optimizer, loss
             for i in range(accumulation):
                 asked = time.perf_counter()
                 micro_batch = next(batches)
-                if process.device.type != "cuda" or torch.cuda.current_stream().query():        # else it had work left
+                # While the GPU still computes, a wait costs nothing
+                if process.device.type != "cuda" or torch.cuda.current_stream().query():
                     waited += time.perf_counter() - asked
                 failures += micro_batch[2]
                 defer = process.world > 1 and i + 1 < accumulation      # processes share gradients once a step

@@ -37,6 +37,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     data.make_toy_set(folder / "data" / "toy", {"train": 16, "val": 8})
     shutil.copytree(folder / "data" / "toy" / "train", folder / "data" / "mine")
+    for split in ("train", "val"):
+        (folder / "data" / "mine" / f"{split}.txt").write_text("".join(f"{i:05d}.mp4 {i % 8}\n" for i in range(16)))
     for name in ("k400", "ssv2"):
         (folder / "data" / name).mkdir()
     for split, other, count in (("train", "train", 16), ("val", "validation", 8)):
