@@ -1,600 +1,827 @@
 """
-Pretrain ARVideo: configuration, processes, the training loop, checkpoints and pictures.
+Pretrain ARVideo.
 
-    python train_pretrain.py [PRESET ...] [section.key=value ...]                   one process; preset `toy` by default
-    torchrun --nproc_per_node=8 train_pretrain.py k400 data.root=/data/k400         eight GPUs
-    python train_pretrain.py --help                                                 presets and sections
-    python train_pretrain.py k400 large --show                                      the resolved configuration
+    python train_pretrain.py [PRESET ...] [section.key=value ...]       one process; default: toy
+    torchrun --nproc_per_node=8 train_pretrain.py k400 data.root=/data/k400     eight GPUs
+    python train_pretrain.py --help                                     presets and settings
+    python train_pretrain.py k400 large --show                          the settings that result
 
-The same command goes on from the last checkpoint in run.output.
+The same command resumes from the last checkpoint in run.output.
+
+train_finetune.py uses this file as well: all sections but the last two, Pictures and
+Pretraining, serve both scripts.
 """
 
-import atexit
-import colorsys
 import contextlib
 import difflib
-import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections import namedtuple
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import yaml
-from PIL import Image, ImageDraw
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
 from arvideo import ARVideo
+from data import UserError, stream_seed
 
 CONFIG = Path(__file__).with_name("config.yaml")
-POSITIVE = ("stride", "epochs", "batch", "clips_per_video", "lr", "picture_epochs", "validate_epochs", "test_clips",
-            "test_crops")
-BELOW_ONE = ("betas", "drop_path", "head_dropout", "label_smoothing")
 as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
-CHOICES = {"run.device": ["auto", "cuda", "mps", "cpu"], "run.precision": ["auto", "bf16", "fp16", "fp32"],
-           "finetune.probe": ["none", "linear", "attentive"], "finetune.sampling": ["dense", "segments"]}
 
 
-# --- Configuration --------------------------------------------------------------------------------
+# --- Configuration ----------------------------------------------------------
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML without code, in which a key that stands twice is an error instead of a silent choice."""
+CHOICES = {
+    "run.device": ["auto", "cuda", "mps", "cpu"],
+    "run.precision": ["auto", "bf16", "fp16", "fp32"],
+    "finetune.probe": ["none", "linear", "attentive"],
+    "finetune.sampling": ["dense", "segments"],
+}
+# Numbers are 0 or greater; those with these keys are greater than 0, or less than 1
+POSITIVE = {"stride", "epochs", "batch", "clips_per_video", "lr", "picture_epochs",
+            "validate_epochs", "test_clips", "test_crops"}
+BELOW_ONE = {"betas", "drop_path", "head_dropout", "label_smoothing"}
 
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
 
-
-def read_config_file():
-    """config.yaml as it stands there: sections and presets. SystemExit names the line of a mistake."""
+def read_settings(path):
+    """The sections of a YAML file. UserError names the line of a mistake."""
     try:
-        return yaml.load(CONFIG.read_text(encoding="utf-8"), StrictLoader)
-    except (OSError, yaml.MarkedYAMLError) as error:
-        line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise SystemExit(f"{CONFIG}{line}: {getattr(error, 'problem', error)}") from None
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise UserError(f"{path}, line {line}: {error.problem}") from None
 
 
-def check_known(name, known, what):
-    """SystemExit for an unknown name, with the known one that it resembles most."""
+def require_known(name, known, what):
+    """UserError for an unknown name, with the known one that it resembles most."""
     if name not in known:
-        close, = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise SystemExit(f"{what} '{name}' is unknown; did you mean '{close}'? Known: {', '.join(known)}")
+        close, = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
+        raise UserError(f"{what} '{name}' is unknown; did you mean '{close}'? "
+                        f"Known: {', '.join(known)}")
 
 
-def checked(value, default, name):
-    """`value` in the kind of `default`; SystemExit if it is of another."""
+def as_kind_of(default, value, name):
+    """`value` in the kind of `default`. UserError if it is of another kind."""
     kind = type(default)
     if kind is float and type(value) in (int, str):     # YAML reads 1e-3, without a dot, as text
         with contextlib.suppress(ValueError):
             value = float(value)
-    if type(value) is not kind or kind is list and len(value) != len(default):
-        wanted = f"a list of {len(default)}" if kind is list else f"of kind {kind.__name__}"
-        raise SystemExit(f"{name} must be {wanted}, like {default!r}; found {value!r}")
-    return [checked(item, like, name) for item, like in zip(value, default)] if kind is list else value
+    if kind is list and type(value) is list and len(value) == len(default):
+        return [as_kind_of(like, item, name) for like, item in zip(default, value)]
+    if kind is list:
+        raise UserError(f"{name} must be a list of {len(default)}, like {default}; found {value!r}")
+    if type(value) is not kind:
+        raise UserError(f"{name} must be of kind {kind.__name__}, like {default!r}; "
+                        f"found {value!r}")
+    return value
+
+
+def change(config, section, key, value):
+    """Set one value. UserError if there is no such key, or if it is of another kind."""
+    require_known(section, config, "section")
+    require_known(key, config[section], f"key of section {section}")
+    config[section][key] = as_kind_of(config[section][key], value, f"{section}.{key}")
+
+
+def check_ranges(config):
+    """UserError for a choice that does not exist, or a number out of range."""
+    for section, values in config.items():
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if name in CHOICES:
+                require_known(value, CHOICES[name], name)
+            numbers = value if type(value) is list else [value]
+            numbers = [number for number in numbers if type(number) in (int, float)]
+            if key in POSITIVE and not all(number > 0 for number in numbers):
+                raise UserError(f"{name}={value}: it must be greater than 0")
+            if not all(number >= 0 for number in numbers):              # true of NaN, too
+                raise UserError(f"{name}={value}: it must be 0 or greater")
+            if key in BELOW_ONE and max(numbers) >= 1:
+                raise UserError(f"{name}={value}: it must be less than 1")
+    low, high = config["finetune"]["crop_area"]
+    if not low <= high <= 1:
+        raise UserError(f"finetune.crop_area={[low, high]}: it must be two shares of the frame, "
+                        "the smaller first")
+
+
+def fill_in_names(config, presets, stage, init_is_given):
+    """The defaults of run.output and finetune.init, which are named after the presets."""
+    run = config["run"]
+    finetune = config["finetune"]
+    # `toy linear` starts from toy's pretraining: a preset of fine-tuning alone changes nothing
+    pretrained = [name for name, sections in presets.items() if set(sections) != {"finetune"}]
+    run["output"] = run["output"] or f"runs/{'-'.join(presets)}/{stage}"
+    if finetune["test_only"] and not init_is_given:
+        finetune["init"] = f"{run['output']}/last.pt"
+    finetune["init"] = finetune["init"] or f"runs/{'-'.join(pretrained)}/pretrain/last.pt"
+    run["output"] = os.path.expanduser(run["output"])
+    finetune["init"] = os.path.expanduser(finetune["init"])
 
 
 def load_config(arguments, stage):
-    """The configuration of a command line: config.yaml, then the presets named, then section.key=value.
-    Prints and exits for --help and --show; SystemExit names what is unknown or of the wrong kind."""
-    config = read_config_file()
-    presets = config.pop("presets")
-    if {"-h", "--help"} & set(arguments):
-        print(f"usage: python train_{stage}.py [PRESET ...] [section.key=value ...] [--show]\n\n"
-              f"presets: {', '.join(presets)} (several may follow each other; none: toy)\nsections and keys:",
-              *(f"  {section}: {', '.join(keys)}" for section, keys in config.items()),
-              f"\nEvery key is explained in {CONFIG.name}; --show prints the values of this command.", sep="\n")
-        raise SystemExit(0)
-    names = [a for a in arguments if "=" not in a and a != "--show"] or ["toy"]
-    changes = [(section, key, value) for section, keys in config.items() for key, value in keys.items()]
-    for name in names:
-        check_known(name, presets, "preset")
-        changes += [(section, key, value) for section, keys in presets[name].items() for key, value in keys.items()]
-    for argument in [a for a in arguments if "=" in a]:
-        dotted, _, value = argument.partition("=")
-        section, dot, key = dotted.partition(".")
+    """The settings of a command line: config.yaml, then presets, then section.key=value.
+
+    A preset is named in config.yaml, or is a file of the same form, X.yaml.
+    UserError names what is unknown, of the wrong kind or out of range.
+    """
+    config = read_settings(CONFIG)
+    known_presets = config.pop("presets")
+
+    presets = {}
+    for word in [argument for argument in arguments if "=" not in argument] or ["toy"]:
+        if word.endswith(".yaml"):
+            presets[Path(word).stem] = read_settings(word)
+        else:
+            require_known(word, known_presets, "preset")
+            presets[word] = known_presets[word]
+    for sections in presets.values():
+        for section, values in sections.items():
+            for key, value in values.items():
+                change(config, section, key, value)
+
+    for argument in [argument for argument in arguments if "=" in argument]:
+        name, _, value = argument.partition("=")
+        section, dot, key = name.partition(".")
         if not dot:
-            raise SystemExit(f"'{argument}' is not of the form section.key=value")
+            raise UserError(f"'{argument}' is not of the form section.key=value")
         if not isinstance(config.get(section, {}).get(key), str):
-            with contextlib.suppress(yaml.YAMLError):   # what is no YAML is text, and refused as such below
+            with contextlib.suppress(yaml.YAMLError):   # then it is text, and refused as such
                 value = yaml.safe_load(value)
-        changes.append((section, key, value))
-    for section, key, value in changes:
-        check_known(section, config, "section")
-        check_known(key, config[section], f"key of section {section}")
-        name = f"{section}.{key}"
-        config[section][key] = value = checked(value, config[section][key], name)
-        check_known(value, CHOICES.get(name, [value]), name)
-        numbers = [n for n in (value if type(value) is list else [value]) if type(n) in (int, float)]
-        if not all(n > 0 if key in POSITIVE else n >= 0 for n in numbers):              # nor NaN
-            raise SystemExit(f"{name}={value}: it must be greater than 0{'' if key in POSITIVE else ', or 0'}")
-        if key in BELOW_ONE and max(numbers) >= 1:
-            raise SystemExit(f"{name}={value}: it must be less than 1")
-        if key == "crop_area" and not value[0] <= value[1] <= 1:
-            raise SystemExit(f"{name}={value}: it must be two shares of the frame, the smaller first")
-    model_names = [name for name in names if set(presets[name]) != {"finetune"}]    # `toy linear` starts from toy's
-    output = config["run"]["output"].replace("{preset}", "-".join(names)).replace("{stage}", stage)
-    init = config["finetune"]["init"].replace("{pretrained}", f"runs/{'-'.join(model_names)}/pretrain/last.pt")
-    if config["finetune"]["test_only"] and not any(argument.startswith("finetune.init=") for argument in arguments):
-        init = f"{output}/last.pt"
-    config["run"]["output"], config["finetune"]["init"] = map(os.path.expanduser, (output, init))
-    if "--show" in arguments:
-        print(as_yaml(config), end="")
-        raise SystemExit(0)
+        change(config, section, key, value)
+
+    check_ranges(config)
+    init_is_given = any(argument.startswith("finetune.init=") for argument in arguments)
+    fill_in_names(config, presets, stage, init_is_given)
     return config
 
 
-# --- Processes, precision, batch ------------------------------------------------------------------
-
-def ignore_signals(_):
-    for number in (signal.SIGINT, signal.SIGTERM):      # the training process decides when its workers end
-        signal.signal(number, signal.SIG_IGN)
-
-
-def start_workers(run, process, videos, at_once, order, collate):
-    """Batches of `at_once` videos, read by workers that ignore signals and end with this process, however it ends."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)      # Python 3.14's server of workers inherits this
-    batches = iter(DataLoader(videos, at_once, sampler=order, num_workers=run["workers"], collate_fn=collate,
-                              pin_memory=process.device.type == "cuda", worker_init_fn=ignore_signals))
-    signal.signal(signal.SIGTERM, before)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's raises anywhere; the next batch tells of a dead worker
-    # At exit Python sends its children SIGTERM, which ours ignore, and waits; what is registered last runs before that
-    atexit.register(data.kill_workers)
-    return batches
-
-
-def line_of(error, number=0):
-    return (str(error).strip() or repr(error)).splitlines()[number]
-
-
-@contextlib.contextmanager
-def one_sentence(*kinds):
-    """Turn errors that the user can mend, and those of `kinds`, into one sentence and exit status 1."""
+def run_command(stage, run):
+    """What both scripts do: read the command line, then run(config). Errors of the user's
+    end with their sentence and status 1."""
+    arguments = sys.argv[1:]
     try:
-        yield
-    except (data.UnreadableVideo, EOFError, OSError, RuntimeError, *kinds) as error:
-        exhausted = "DefaultCPUAllocator", "ALLOC_FAILED", "CUDA error: out of memory"
-        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in exhausted):
-            raise SystemExit(f"out of memory ({line_of(error)}): set run.max_batch below the videos that a process "
-                             "takes at once now, so that more is accumulated, or model.checkpointing=true") from None
-        if isinstance(error, (EOFError, ConnectionError)) or "exited unexpectedly" in str(error):      # a worker
-            raise SystemExit(f"a process that decodes has ended ({line_of(error)}). If the system ended it for want of "
-                             "memory, set run.workers lower") from None
-        if "closed by peer" in str(error) or "reset by peer" in str(error):
-            raise SystemExit("another process of this run has ended; its message says why") from None
-        if isinstance(error, RuntimeError) and not isinstance(error, kinds):
-            raise
-        # A worker's error carries its traceback in the message; the last line says what happened
-        raise SystemExit(line_of(error, -1).removeprefix("data.UnreadableVideo: ")) from None
+        if "--help" in arguments or "-h" in arguments:
+            config = read_settings(CONFIG)
+            print(f"usage: python train_{stage}.py [PRESET ...] [section.key=value ...] [--show]\n")
+            for section, values in config.items():
+                print(f"{section}: {', '.join(values)}")
+            print(f"\nEvery setting is explained in {CONFIG.name}; --show prints their values.")
+        elif "--show" in arguments:
+            arguments.remove("--show")
+            print(as_yaml(load_config(arguments, stage)), end="")
+        else:
+            run(load_config(arguments, stage))
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    except UserError as error:
+        sys.exit(str(error) or 1)
 
 
-Process = namedtuple("Process", "rank world device")
+# --- The machine ------------------------------------------------------------
 
 
-def start_process(run):
-    """This process's rank, the number of processes, and its device; joins the others under torchrun."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(filter(present.get, present)) if run["device"] == "auto" else run["device"]
+def choose_device(name):
+    """The device of this process. UserError if the machine has none of this name."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+               "cpu": True}
+    if name == "auto":
+        name = "cuda" if present["cuda"] else "mps" if present["mps"] else "cpu"
     if not present[name]:
-        raise SystemExit(f"run.device is {name}, but this machine has none; use run.device=auto")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    if name == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise SystemExit(f"this machine has {torch.cuda.device_count()} GPUs and torchrun starts more processes: "
-                             "lower --nproc_per_node")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32 where fp32 remains
-    if "RANK" not in os.environ:
-        return Process(0, 1, device)
-    try:
-        store, rank, world = next(dist.rendezvous("env://"))
-        # Restarted by torchrun: its store still has the addresses of the attempt before, under that one's prefix
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":      # several machines do not count restarts alike
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                device_id=device if name == "cuda" else None)
-    except dist.DistNetworkError as error:
-        raise SystemExit(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-                         f"({line_of(error)}); is the port in use? Give torchrun another --master-port") from None
-    return Process(rank, world, device)
+        raise UserError(f"run.device is {name}, but this machine has none; use run.device=auto")
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.index >= torch.cuda.device_count():
+        raise UserError(f"this machine has {torch.cuda.device_count()} GPUs and torchrun starts "
+                        "more processes: lower --nproc_per_node")
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")          # TF32 where fp32 remains
+    return device
 
 
-def mixed_precision(precision, device):
-    """(function that makes an autocast context, GradScaler) for run.precision."""
-    kinds = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = kinds[precision] or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if dtype == torch.float16 and device.type != "cuda":
-        raise SystemExit(f"run.precision=fp16 needs a GPU; this run is on {device.type}: use bf16 or fp32")
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+def join_processes(device):
+    """Join the other processes that torchrun has started."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # A restart finds the addresses of the attempt before in torchrun's store, so it
+    # writes its own under another prefix. Several machines do not count restarts alike.
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(restarts, store)
+    is_cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if is_cuda else "gloo", store=store, rank=rank,
+                            world_size=world_size, device_id=device if is_cuda else None)
 
 
-def split_batch(batch, process, limit, videos, name):
-    """(videos a process takes at once, accumulation steps) of a global batch; SystemExit if it cannot be shared."""
-    near = max(min(batch, videos) // process.world, 1) * process.world
-    if batch % process.world:
-        raise SystemExit(f"{name}={batch} cannot be shared evenly by {process.world} processes: try {name}={near}")
+class Machine:
+    """This process: its rank among world_size processes, its device and its precision.
+
+    Under torchrun it joins the other processes. autocast() makes the context of a
+    forward pass; `scaler` does nothing except in fp16.
+    """
+
+    def __init__(self, run):
+        self.device = choose_device(run["device"])
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if "RANK" in os.environ:
+            join_processes(self.device)
+        self.is_first = self.rank == 0
+
+        precision = run["precision"]
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" else "fp32"
+        if precision == "fp16" and self.device.type != "cuda":
+            raise UserError(f"run.precision=fp16 needs a GPU; this run is on {self.device.type}: "
+                            "use bf16 or fp32")
+        self.precision = precision
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast = partial(torch.autocast, self.device.type, dtype=dtype,
+                                enabled=precision != "fp32")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+    def stop(self, message):
+        """End the run for a reason that all processes share. The first one says it."""
+        raise UserError(message if self.is_first else "")
+
+    def sum(self, *values):
+        """The sum of each value over all processes, as Python numbers."""
+        numbers = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
+                   for value in values]
+        numbers = torch.stack(numbers)
+        if self.world_size > 1:
+            dist.all_reduce(numbers)
+        return numbers.tolist()
+
+    def gather(self, value):
+        """The values of all processes, in the order of their ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, function, *arguments):
+        """What function(*arguments) returns in the first process, in every process."""
+        result = None
+        if self.is_first:
+            try:
+                result = function(*arguments)
+            except UserError as error:
+                result = error
+        if self.world_size > 1:
+            box = [result]
+            dist.broadcast_object_list(box)
+            result, = box
+        if isinstance(result, UserError):
+            self.stop(str(result))
+        return result
+
+
+# --- Optimisation -----------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What follows from the settings before the first step. Batches count videos."""
+    batch: int                  # of a step, over all processes
+    repeats: int                # clips of each video
+    micro_batch: int            # what a process takes at once
+    accumulation: int           # micro-batches of a process in a step
+    steps_per_epoch: int
+    steps: int
+    warmup_steps: int
+    peak_lr: float
+    final_lr: float
+
+
+def make_plan(config, stage, videos, world_size):
+    """The Plan of section `stage` for so many videos. UserError if the batch cannot be shared."""
+    settings = config[stage]
+    batch = settings["batch"]
+    if batch % world_size:
+        raise UserError(f"{stage}.batch={batch} cannot be shared evenly by {world_size} processes")
     if batch > videos:
-        raise SystemExit(f"{name}={batch} is more than the {videos} videos of data.train: try {name}={near}")
-    share = batch // process.world
-    at_once = next(n for n in range(min(share, limit or share), 0, -1) if share % n == 0)
-    return at_once, share // at_once
+        raise UserError(f"{stage}.batch={batch} is more than the {videos} videos of data.train")
+    share = batch // world_size
+    limit = min(share, config["run"]["max_batch"] or share)
+    micro_batch = max(n for n in range(1, limit + 1) if share % n == 0)
+    steps_per_epoch = videos // batch
+    return Plan(
+        batch=batch,
+        repeats=settings["clips_per_video"],
+        micro_batch=micro_batch,
+        accumulation=share // micro_batch,
+        steps_per_epoch=steps_per_epoch,
+        steps=settings["epochs"] * steps_per_epoch,
+        warmup_steps=settings["warmup_epochs"] * steps_per_epoch,
+        peak_lr=settings["lr"] * batch / 256,
+        final_lr=settings["min_lr"] * batch / 256)
 
 
-# --- Optimisation ---------------------------------------------------------------------------------
+def micro_batch_rows(plan, rank, world_size):
+    """Which rows of the global batch each micro-batch of a process holds, [rows] of int64 [b].
 
-def learning_rate(step, steps, warmup, peak, floor):
-    """Linear from 0 to `peak` over `warmup` steps, then a cosine that reaches `floor` after the last step."""
-    if step < warmup:
-        return peak * step / warmup
-    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+    A row is a clip, and the clips of a video follow each other. Process `rank` takes
+    every world_size-th video. For example, with 4 videos of 2 clips and 2 processes,
+    rank 0 takes videos 0 and 2, which are rows 0, 1, 4 and 5.
+    """
+    videos = torch.arange(rank, plan.batch, world_size)
+    rows = videos[:, None] * plan.repeats + torch.arange(plan.repeats)
+    return rows.flatten().chunk(plan.accumulation)
 
 
-def adamw(model, settings, device, scale=lambda name: 1.0):
+def learning_rate(step, plan):
+    """Linear from 0 over the warm-up, then a cosine that ends after the last step."""
+    if step < plan.warmup_steps:
+        return plan.peak_lr * step / plan.warmup_steps
+    done = (step - plan.warmup_steps) / max(plan.steps - plan.warmup_steps, 1)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return plan.final_lr + (plan.peak_lr - plan.final_lr) * cosine
+
+
+def set_learning_rate(optimizer, step, plan):
+    lr = learning_rate(step, plan)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    return lr
+
+
+def clip_gradients(machine, model, optimizer, limit):
+    """Scale the gradient down to the norm `limit` (0: no limit). Returns its norm before."""
+    machine.scaler.unscale_(optimizer)
+    return nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf).item()
+
+
+def make_optimizer(model, settings, device, scale=lambda name: 1.0):
     """AdamW without weight decay on biases, norms and other one-dimensional parameters.
-    scale(name) multiplies the learning rate of a parameter; every group carries its own as "scale"."""
+
+    scale(name) multiplies the learning rate of a parameter. Every group keeps its own
+    under the key "scale".
+    """
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((scale(name), parameter.ndim > 1), []).append(parameter)
-    groups = [dict(params=parameters, scale=factor, weight_decay=settings["weight_decay"] if is_matrix else 0.0)
-              for (factor, is_matrix), parameters in groups.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=settings["betas"], eps=1e-8, fused=device.type in ("cuda", "cpu"))
+            decay = settings["weight_decay"] if parameter.ndim > 1 else 0.0
+            groups.setdefault((scale(name), decay), []).append(parameter)
+    groups = [dict(params=parameters, scale=factor, weight_decay=decay)
+              for (factor, decay), parameters in groups.items()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings["betas"], eps=1e-8,
+                             fused=device.type in ("cuda", "cpu"))
 
 
-def over_processes(process, *values):
-    """The sum of each value over all processes, as Python numbers."""
-    numbers = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=process.device) for value in values])
-    if process.world > 1:
-        dist.all_reduce(numbers)
-    return numbers.tolist()
-
-
-# --- Stopping, checkpoints, log -------------------------------------------------------------------
-
-def give_up(process, message):
-    """End a run for a reason that all processes share; the first one says it."""
-    raise SystemExit(message if process.rank == 0 else 1)
-
-
-@contextlib.contextmanager
-def stop_on_signals():
-    """A list that becomes non-empty on SIGTERM or SIGINT, so that a run can save first. Any SIGINT after that kills."""
-    received = []
-
-    def note(number, _):
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # not SIGTERM: torchrun sends again what its processes had too
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield received
-    for number, handler in before.items():              # not after an error: then the process ends
-        signal.signal(number, handler)
+# --- Checkpoints and log ----------------------------------------------------
 
 
 def save_checkpoint(path, content):
-    """Write a checkpoint, complete or not at all. Of last.pt the one before stays, as previous.pt."""
+    """Write a checkpoint, completely or not at all: until then, the one before it stays."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:            # torch says RuntimeError when the disk is full
+    except BaseException:       # a full disk, say
         temporary.unlink(missing_ok=True)
-        reason = line_of(error.__context__ or error)    # after a failed write torch's writer says something else
-        raise SystemExit(f"{path} could not be written ({reason}); the checkpoint before it is kept. "
-                         "Is the disk full? Make room and run the same command again") from None
-    if path.name == "last.pt" and path.exists():
-        path.replace(path.with_name("previous.pt"))
+        raise
     temporary.replace(path)
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint: tensors and plain values, nothing that executes. SystemExit if it is unreadable."""
+    """The content of a checkpoint: tensors and plain values, nothing that executes."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                          # torch raises half a dozen kinds for a damaged file
-        raise SystemExit(f"{path}: this is not a readable checkpoint ({line_of(error)})") from None
+        with torch.serialization.safe_globals([Namespace]):     # VideoMAE's files hold one
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                          # torch raises half a dozen kinds
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"{path}: this is not a readable checkpoint ({reason})") from None
 
 
-def last_checkpoint(output, resume):
-    """The last complete checkpoint in `output`, or None. SystemExit if there are some and none can be used."""
-    paths = [path for path in (Path(output, "last.pt"), Path(output, "previous.pt")) if path.exists()]
-    if paths and not resume:
-        raise SystemExit(f"{output} holds a run: choose another run.output, or go on with run.resume=true")
-    for path in paths:
-        try:
-            return load_checkpoint(path)
-        except SystemExit as error:
-            if path == paths[-1]:
-                raise
-            print(f"warning: {error}; going on from {paths[-1]}", file=sys.stderr)
-
-
-def check_same_training(config, checkpoint, output, stage, about):
-    """SystemExit if going on with `config` would train something else, or in another way than by more epochs."""
-    free = {"root", "train", "val", "max_unreadable", "checkpointing", "epochs", "picture_epochs", "keep_epochs",
-            "validate_epochs", "test_clips", "test_crops", "test_only"}
-    both = {key: (value, checkpoint.get(key)) for key, value in about.items()}
-    both |= {f"{section}.{key}": (value, checkpoint["config"][section].get(key, value))     # a key may be newer
-             for section in ("data", "model", stage) for key, value in config[section].items() if key not in free}
-    both["run.seed"] = config["run"]["seed"], checkpoint["config"]["run"]["seed"]
-    differing = [f"{name} is {now!r:.80}, was {before!r:.80}" for name, (now, before) in both.items() if now != before]
-    if differing:
-        raise SystemExit(f"{output} holds a run of another configuration: {'; '.join(differing)}. "
-                         "Restore these values or choose another run.output")
+def find_checkpoint(run):
+    """The checkpoint from which a run resumes, or None. `run` is that section of the settings."""
+    path = Path(run["output"], "last.pt")
+    if not path.exists():
+        return None
+    if not run["resume"]:
+        raise UserError(f"{path.parent} holds a run: choose another run.output, or resume it "
+                        "with run.resume=true")
+    return path
 
 
 class Log:
-    """log.jsonl, one line a step and one a validation, and the same for TensorBoard where it is installed. `step` is
-    the first to be written: lines that an earlier run left for it or for later steps are dropped."""
+    """log.jsonl, a line for every step and every validation; TensorBoard where installed.
 
-    def __init__(self, output, step):
-        path, kept = output / "log.jsonl", output / "log.jsonl.tmp"
+    The folder is made with the first line, so that what fails before leaves no trace.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.file = None
+        self.board = None
+
+    def open(self, step):
+        output = Path(self.config["run"]["output"])
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(as_yaml(self.config))
+        path = output / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.startswith("{") and line.endswith("}\n")]   # no torn one
-        kept.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
-        kept.replace(path)
-        self.file, self.board = open(path, "a", buffering=1), None
+        # Drop what a killed run wrote after its last checkpoint, and a line torn by a power cut
+        whole = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
+        kept = [line for line in whole if json.loads(line)["step"] < step]
+        temporary = path.with_name("log.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self.file = open(path, "a", buffering=1)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(output, purge_step=step)
 
+    def write_step(self, bar, step, plan, loss, lr, norm, seconds, waited):
+        """Also shows it in the progress bar."""
+        clips_per_second = plan.batch * plan.repeats / seconds
+        data_share = waited / seconds
+        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {clips_per_second:.1f} clips/s, "
+                            f"{data_share:.0%} waiting for data")
+        norm = norm if math.isfinite(norm) else None            # JSON knows no infinity
+        epoch = (step - 1) // plan.steps_per_epoch + 1
+        self.write(step, epoch=epoch, loss=loss, lr=lr, norm=norm,
+                   clips_per_second=clips_per_second, data_share=data_share)
+
     def write(self, step, **values):
+        if self.file is None:
+            self.open(step)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if self.board and value is not None:
                 self.board.add_scalar(name, value, step)
 
 
-# --- Pictures -------------------------------------------------------------------------------------
+# --- Training ---------------------------------------------------------------
 
-def colour_of(place, places):
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(0.8 * place / places, 0.55, 0.85))
-
-
-def draw_picture(model, video, order, visible):
-    """A picture of the first frame of every cube: the true video, what the encoder sees, what is predicted.
-    video [B, 3, T, H, W], normalised; order and visible as model.draw gives them. A cluster's colour and number are its
-    place in the prediction order."""
-    B, size, (kt, kh, kw) = len(video), video.shape[-1], (a // b for a, b in zip(model.grid, model.cluster_grid))
-    scale, M = max(1, 128 // size), len(model.clusters)
-    rows = torch.stack([video, *model.reconstruct(video, order, visible)], 1)[:, :, :, ::model.cube[0]].cpu()
-    pixels = ((rows * data.IMAGENET_STD + data.IMAGENET_MEAN).clamp(0, 1) * 255).byte()
-    pixels = pixels.permute(0, 1, 3, 4, 5, 2)                                               # [B, 3 rows, t, H, W, 3]
-    side, high, wide = size * scale + 10, kh * model.cube[1] * scale, kw * model.cube[2] * scale
-    picture = Image.new("RGB", (model.grid[0] * side + 90, 3 * B * side + 24), "white")
-    pen = ImageDraw.Draw(picture)
-    from_truth = ". Mean and contrast of predicted cubes: the true video's" if model.normalise_target else ""
-    pen.text((90, 4), "Number and colour: place in the order" + from_truth, "black", font_size=12)
-    for row, name in enumerate(B * ("true video", "encoder sees", "predicted")):
-        pen.text((84, row * side + 24 + side // 2), name, "black", font_size=13, anchor="rm")
-    for b, row, frame in itertools.product(range(B), range(3), range(model.grid[0])):
-        left, top = frame * side + 90, (3 * b + row) * side + 24
-        shown = Image.fromarray(pixels[b, row, frame].numpy())
-        picture.paste(shown.resize((size * scale, size * scale), Image.Resampling.NEAREST), (left, top))
-        for place, (t, h, w) in enumerate(torch.stack(torch.unravel_index(order[b], model.cluster_grid), 1).tolist()):
-            if t == frame // kt:
-                empty = (False, place == M - 1, place < model.predict_after)[row]
-                x, y = left + w * wide, top + h * high
-                pen.rectangle([x, y, x + wide - 1, y + high - 1], "white" if empty else None, colour_of(place, M), 3)
-                pen.text((x + 6, y + 3), str(place + 1), "white", font_size=14, stroke_width=2, stroke_fill="black")
-    return picture
+# Settings that may differ when a run resumes
+MAY_CHANGE = {
+    "root", "train", "val", "max_unreadable", "checkpointing", "init", "epochs",
+    "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
 
 
-# --- Training -------------------------------------------------------------------------------------
+class Training:
+    """A run of one stage: its plan, how far it has come, and its checkpoint.
 
-def read_lists(config):
-    """(training videos, validation videos, class names) of data.train and data.val; makes the toy set if asked to."""
-    root, train, val = (config["data"][key] for key in ("root", "train", "val"))
-    if "toy" in (train, val):
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            data.make_toy_set()
-        if dist.is_initialized():
-            dist.barrier()
-    if not train:
-        raise SystemExit("data.train is empty: name a list, a CSV, a JSON or a folder of classes")
-    train = data.TOY_ROOT / "train.txt" if train == "toy" else train
-    val = data.TOY_ROOT / "val.txt" if val == "toy" else val
-    videos, classes = data.read_annotations(train, root)
-    return videos, data.read_annotations(val, root, classes)[0] if val else [], classes
+    `about` names what else must not change when the run resumes; checkpoints keep it.
+    """
+
+    def __init__(self, config, stage, machine, model, optimizer, videos, about):
+        self.config = config
+        self.stage = stage
+        self.machine = machine
+        self.model = model
+        self.optimizer = optimizer
+        self.plan = make_plan(config, stage, videos, machine.world_size)
+        self.about = dict(stage=stage, videos=videos, model_class=type(model).__name__, **about)
+        self.path = Path(config["run"]["output"], "last.pt")
+        self.step = 0               # updates made
+        self.tried = 0              # videos tried, those drawn in place of others included
+        self.unreadable = 0         # of these
+        self.named = set()          # why videos were unreadable, as far as it was told
+
+    def resume(self):
+        """Load the last checkpoint, if there is one. UserError if it is of another run."""
+        if find_checkpoint(self.config["run"]):
+            checkpoint = load_checkpoint(self.path)
+            self.require_same(checkpoint)
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if checkpoint["scaler"]:                    # empty except after fp16
+                self.machine.scaler.load_state_dict(checkpoint["scaler"])
+            self.step = checkpoint["step"]
+            self.tried = checkpoint["tried"]
+            self.unreadable = checkpoint["unreadable"]
+        steps = self.machine.gather(self.step)
+        if len(set(steps)) > 1:
+            self.machine.stop(f"the processes would resume from different steps: {steps}; "
+                              "run.output must be the same folder on all machines")
+        if self.step > self.plan.steps:
+            self.machine.stop(f"{self.path.parent} holds a run of {self.step} steps, more than "
+                              f"the {self.plan.steps} asked for: choose another run.output")
+
+    def require_same(self, checkpoint):
+        """UserError if these settings would train another thing, or in another way."""
+        pairs = {name: (value, checkpoint.get(name)) for name, value in self.about.items()}
+        saved = checkpoint["config"]
+        pairs["run.seed"] = (self.config["run"]["seed"], saved["run"]["seed"])
+        for section in ("data", "model", self.stage):
+            for key, value in self.config[section].items():
+                if key not in MAY_CHANGE and key in saved[section]:     # a key may be newer
+                    pairs[f"{section}.{key}"] = (value, saved[section][key])
+        differing = [f"{name} is {now!r:.80}, was {before!r:.80}"
+                     for name, (now, before) in pairs.items() if now != before]
+        if differing:
+            raise UserError(f"{self.path.parent} holds a run of another configuration: "
+                            f"{'; '.join(differing)}. Restore these values or choose another "
+                            "run.output")
+
+    def print_plan(self):
+        plan = self.plan
+        settings = self.config[self.stage]
+        resumed = f", resumed from step {self.step}" if self.step else ""
+        print(f"  batch      {plan.batch} = {self.machine.world_size} processes x "
+              f"{plan.accumulation} accumulation steps x {plan.micro_batch} videos, "
+              f"{plan.repeats} clips of each\n"
+              f"  schedule   {settings['epochs']} epochs x {plan.steps_per_epoch} steps, "
+              f"{plan.warmup_steps} of them warm-up, lr {plan.peak_lr:.3g} = {settings['lr']:.3g} "
+              f"x {plan.batch} / 256, cosine to {plan.final_lr:.3g}\n"
+              f"  device     {self.machine.device}, {self.machine.precision}, "
+              f"torch {torch.__version__}, {self.config['run']['workers']} workers a process\n"
+              f"  output     {self.path.parent}{resumed}")
+
+    def require_finite(self, loss, norm, lr):
+        """Stop if the loss or the gradient is no number; the last checkpoint stays good."""
+        # fp16's scaler answers an overflow by skipping the update and halving its scale, to 1
+        scaler = self.machine.scaler
+        can_recover = scaler.is_enabled() and scaler.get_scale() > 1
+        if not math.isfinite(loss) or not (math.isfinite(norm) or can_recover):
+            self.machine.stop(
+                f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}, lr "
+                f"{lr:.3g}. The last checkpoint is kept: resume with run.precision=fp32, or begin "
+                f"again with a smaller {self.stage}.lr or {self.stage}.clip_norm=1")
+
+    def count_unreadable(self, reasons, failed):
+        """Name unreadable videos of this process, each once, and count the `failed` of all.
+
+        Stop if more than data.max_unreadable of all videos tried were unreadable.
+        """
+        for reason in set(reasons) - self.named:
+            tqdm.write(f"unreadable, another video is drawn: {reason}", file=sys.stderr)
+        self.named.update(reasons)
+        self.tried += self.plan.batch + failed
+        self.unreadable += failed
+        limit = self.config["data"]["max_unreadable"]
+        if self.tried >= 100 and self.unreadable > limit * self.tried:
+            self.machine.stop(
+                f"{self.unreadable} of {self.tried} videos tried were unreadable, more than "
+                f"data.max_unreadable={limit}; `python data.py check` lists them")
+
+    def save(self):
+        if self.machine.is_first:
+            save_checkpoint(self.path, dict(
+                model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                scaler=self.machine.scaler.state_dict(), step=self.step, tried=self.tried,
+                unreadable=self.unreadable, config=self.config, **self.about))
 
 
-def fit(config, stage, process, autocast, scaler, model, videos, optimizer, loss_of, end_epoch, **also):
-    """Train `model` on `videos` as section `stage` of the configuration says, from the last checkpoint on.
-    loss_of(forward, batch, step, rows) is the loss of a micro-batch (clips, labels, unreadable), where rows [b] tells
-    which of the global batch's clips these are; forward is the model, compiled and wrapped as the run asks.
-    end_epoch(epoch, last) is called in every process after every epoch; what it returns goes into the log, `also` into
-    the checkpoints. Returns whether it trained at all: a finished run is left as it is."""
-    run, settings, output = config["run"], config[stage], Path(config["run"]["output"])
-    batch, repeats = settings["batch"], settings["clips_per_video"]
-    at_once, accumulation = split_batch(batch, process, run["max_batch"], len(videos), f"{stage}.batch")
-    per_epoch = len(videos) // batch
-    steps, warmup = settings["epochs"] * per_epoch, settings["warmup_epochs"] * per_epoch
-    peak, floor = settings["lr"] * batch / 256, settings["min_lr"] * batch / 256
-    about = dict(stage=stage, videos=len(videos), model_class=type(model).__name__, **also)     # may not change
+@contextlib.contextmanager
+def note_signals():
+    """A list that is empty until SIGTERM or SIGINT comes, so that a run can save first.
 
-    # Go on from the last checkpoint
-    first, tried, unreadable, going_on = 0, 0, 0, ""
-    if checkpoint := last_checkpoint(output, run["resume"]):
-        check_same_training(config, checkpoint, output, stage, about)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:                        # empty unless the run before had fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        first, tried, unreadable = (checkpoint[key] for key in ("step", "tried", "unreadable"))
-        going_on = f", going on from step {first}"
-        if (before := checkpoint["config"][stage]["epochs"]) != settings["epochs"]:
-            going_on += f"; the schedule so far was that of {before} epochs"
-    del checkpoint                                      # a second copy of everything
-    if process.world > 1:
-        everywhere = [None] * process.world
-        dist.all_gather_object(everywhere, (first, len(videos)))
-        if len(set(everywhere)) > 1:
-            give_up(process, f"the processes differ in (step to go on from, videos found): {everywhere}; {output} and "
-                             "the videos must be the same for all of them, on all machines")
-    if first > steps:
-        give_up(process, f"{output} holds a run of {first} steps, longer than {stage}.epochs={settings['epochs']}, "
-                         f"which are {steps}: choose another run.output")
-    if first == steps:
+    A second SIGINT kills. A second SIGTERM does not: torchrun sends one to processes
+    that have had their own.
+    """
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield received
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def wrap_model(model, compiled, machine):
+    """The model, compiled if asked for, and sharing its gradients with other processes."""
+    forward = torch.compile(model) if compiled else model
+    return DistributedDataParallel(forward) if machine.world_size > 1 else forward
+
+
+def read_batches(videos, training):
+    """This process's micro-batches from the next step on, each a data.Batch."""
+    run = training.config["run"]
+    machine = training.machine
+    plan = training.plan
+    order = data.training_order(len(videos), plan.batch, training.step, plan.steps, run["seed"],
+                                machine.rank, machine.world_size)
+    return data.load_batches(videos, plan.micro_batch, order, run["workers"], data.collate,
+                             pin_memory=machine.device.type == "cuda")
+
+
+def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
+    """Gradients of a step's global batch: (loss of this process, unreadable, seconds waited)."""
+    loss = 0.0
+    unreadable = []
+    waited = 0.0
+    for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
+        asked = time.perf_counter()
+        batch = next(batches)
+        # While the GPU still computes, a wait costs nothing
+        if machine.device.type != "cuda" or torch.cuda.current_stream().query():
+            waited += time.perf_counter() - asked
+        unreadable += batch.unreadable
+        if batch.clips is None:
+            raise UserError(f"{data.Videos.TRIES} videos in a row are unreadable; the last: "
+                            f"{unreadable[-1]}")
+
+        # Processes share their gradients once a step, with the last micro-batch
+        is_last = i + 1 == plan.accumulation
+        wait = machine.world_size > 1 and not is_last
+        with forward.no_sync() if wait else contextlib.nullcontext():
+            with machine.autocast():
+                part = loss_of(forward, batch, step, rows) / plan.accumulation
+            machine.scaler.scale(part).backward()
+        loss += part.detach()
+    return loss, unreadable, waited
+
+
+def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **about):
+    """Train `model` on `videos` as section `stage` of the settings says, from the last checkpoint.
+
+    loss_of(forward, batch, step, rows) is the loss of a micro-batch, a data.Batch whose
+    clips are these rows of the global batch. `forward` is the model, compiled and wrapped.
+    end_epoch(epoch, is_last) is called in every process; what it returns goes into the
+    log, and `about` into the checkpoints. Returns False if the run was finished before.
+    """
+    training = Training(config, stage, machine, model, optimizer, len(videos), about)
+    training.resume()
+    plan = training.plan
+    if training.step == plan.steps:
         return False
+    if machine.is_first:
+        training.print_plan()
+    forward = wrap_model(model, config["run"]["compile"], machine)
+    batches = read_batches(videos, training)
+    log = Log(config)
+    saved_at = time.monotonic()
+    steps = tqdm(range(training.step, plan.steps), initial=training.step, total=plan.steps,
+                 unit="step", disable=not machine.is_first)
+    with note_signals() as signals:
+        for step in steps:
+            began = time.perf_counter()
+            lr = set_learning_rate(optimizer, step, plan)
 
-    forward = torch.compile(model) if run["compile"] else model
-    if process.world > 1:
-        forward = DistributedDataParallel(forward)
-    if process.rank == 0:
-        print(f"  batch      {batch} = {process.world} processes x {accumulation} accumulation steps x {at_once} "
-              f"videos, {repeats} clips of each\n"
-              f"  schedule   {settings['epochs']} epochs x {per_epoch} steps, {warmup} of them warm-up, "
-              f"lr {peak:.3g} = {settings['lr']:.3g} x {batch} / 256, cosine to {floor:.3g}\n"
-              f"  device     {process.device}, {str(autocast.keywords['dtype']).removeprefix('torch.')}, "
-              f"torch {torch.__version__}, {run['workers']} workers a process\n"
-              f"  output     {output}{going_on}")
-
-    # Which clips of the global batch each micro-batch of this process has
-    rows = torch.arange(batch * repeats).view(batch, repeats)[process.rank::process.world].flatten().chunk(accumulation)
-    reading = data.training_order(len(videos), batch, first, steps, run["seed"], process.rank, process.world)
-    named, saved_at = set(), time.monotonic()
-    bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=process.rank > 0)
-    with one_sentence(), stop_on_signals() as stop:
-        batches = start_workers(run, process, videos, at_once, reading, data.collate)
-        for step in bar:
+            # Gradients of the global batch, micro-batch by micro-batch
             model.train()
-            lr, loss, failures = learning_rate(step, steps, warmup, peak, floor), 0.0, []
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            began, waited = time.perf_counter(), 0.0
-            for i in range(accumulation):
-                asked = time.perf_counter()
-                micro_batch = next(batches)
-                # While the GPU still computes, a wait costs nothing
-                if process.device.type != "cuda" or torch.cuda.current_stream().query():
-                    waited += time.perf_counter() - asked
-                failures += micro_batch[2]
-                defer = process.world > 1 and i + 1 < accumulation      # processes share gradients once a step
-                with forward.no_sync() if defer else contextlib.nullcontext():
-                    with autocast():
-                        part = loss_of(forward, micro_batch, step, rows[i]) / accumulation
-                    scaler.scale(part).backward()
-                loss += part.detach()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"] or math.inf).item()
+            loss, unreadable, waited = accumulate_gradients(
+                forward, batches, step, plan, machine, loss_of)
+            norm = clip_gradients(machine, model, optimizer, config[stage]["clip_norm"])
+            loss, failed, stopping = machine.sum(
+                loss / machine.world_size, len(unreadable), len(signals))
+            training.require_finite(loss, norm, lr)
 
-            loss, failed, stopping = over_processes(process, loss / process.world, len(failures), len(stop))
-            # fp16's scaler answers an overflow by skipping the step and halving its scale; at 1 it has no answer left
-            if not math.isfinite(loss) or not math.isfinite(norm) and scaler.get_scale() <= 1:
-                give_up(process, f"step {step}: the loss is {loss}, the gradient's norm {norm}, lr {lr:.3g}. The last "
-                                 f"checkpoint is kept: go on with run.precision=fp32, or begin again with a smaller "
-                                 f"{stage}.lr or {stage}.clip_norm=1")
-            scaler.step(optimizer)
-            scaler.update()
+            # Update
+            machine.scaler.step(optimizer)
+            machine.scaler.update()
             optimizer.zero_grad()
+            training.step = step + 1
+            training.count_unreadable(unreadable, int(failed))
 
-            tried, unreadable = tried + batch + int(failed), unreadable + int(failed)
-            for reason in sorted(set(failures) - named):        # once in each process
-                tqdm.write(f"unreadable, another video is drawn: {reason}", file=sys.stderr)
-            named.update(failures)
-            if tried >= 100 and unreadable > tried * (share := config["data"]["max_unreadable"]):
-                give_up(process, f"{unreadable} of {tried} videos tried were unreadable, more than "
-                                 f"data.max_unreadable={share}; `python data.py check PRESET` lists them all")
-            if process.rank == 0:
-                if step == first:                       # not before: what fails before leaves no trace
-                    output.mkdir(parents=True, exist_ok=True)
-                    (output / "config.yaml").write_text(as_yaml(config))
-                    log = Log(output, step + 1)
-                elapsed = time.perf_counter() - began
-                speed = dict(clips_per_second=batch * repeats / elapsed, data_share=waited / elapsed)
-                log.write(step + 1, epoch=step // per_epoch + 1, loss=loss, lr=lr,
-                          norm=norm if math.isfinite(norm) else None, **speed)      # JSON knows no infinity
-                bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed['clips_per_second']:.1f} clips/s, "
-                                    f"{speed['data_share']:.0%} waiting for data")
+            # Log
+            if machine.is_first:
+                seconds = time.perf_counter() - began
+                log.write_step(steps, training.step, plan, loss, lr, norm, seconds, waited)
 
-            epoch_ends = (step + 1) % per_epoch == 0
-            if epoch_ends:                              # before the checkpoint: what is saved has been validated
+            # At an epoch's end: validate or draw
+            scores = None
+            if training.step % plan.steps_per_epoch == 0:
                 model.eval()
-                scores = end_epoch((step + 1) // per_epoch, step + 1 == steps)
-                if process.rank == 0 and scores:
-                    log.write(step + 1, **scores)
-                stopping, = over_processes(process, len(stop))          # a validation takes its time
-            if stopping or epoch_ends or time.monotonic() - saved_at > 60 * run["save_minutes"]:
+                epoch = training.step // plan.steps_per_epoch
+                scores = end_epoch(epoch, training.step == plan.steps)
+                if machine.is_first and scores:
+                    log.write(training.step, **scores)
+                stopping, = machine.sum(len(signals))           # a validation takes its time
+
+            # Save; stop if asked to
+            is_due = time.monotonic() - saved_at > 60 * config["run"]["save_minutes"]
+            if stopping or is_due or scores or training.step == plan.steps:
                 saved_at = time.monotonic()
-                if process.rank == 0:
-                    save_checkpoint(output / "last.pt", dict(
-                        model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        step=step + 1, tried=tried, unreadable=unreadable, config=config, **about))
+                training.save()
             if stopping:
-                if process.world > 1:
-                    dist.barrier()                      # nobody leaves before the first process has saved
-                give_up(process, f"stopped by a signal after step {step + 1}; "
-                                 f"the same command goes on from {output / 'last.pt'}")
+                machine.gather(None)            # nobody leaves before the first has saved
+                machine.stop(f"stopped by a signal after step {training.step}; the same command "
+                             f"resumes from {training.path}")
     return True
 
 
-def main():
-    config = load_config(sys.argv[1:], "pretrain")
-    run, settings, output = config["run"], config["pretrain"], Path(config["run"]["output"])
-    process = start_process(run)
-    autocast, scaler = mixed_precision(run["precision"], process.device)
-    torch.manual_seed(run["seed"])
-    with one_sentence(ValueError):
-        model = ARVideo(**config["model"]).to(process.device)
-        train, val, _ = read_lists(config)
-    frames, size, repeats = config["model"]["frames"], config["model"]["size"], settings["clips_per_video"]
-    choose = partial(data.dense_clips, frames=frames, stride=config["data"]["stride"], clips=repeats)
-    augment = partial(data.pretraining_clip, size=size, flip=settings["flip"])
-    videos, val_videos = (data.Videos(entries, choose, augment, run["seed"]) for entries in (train, val or train))
-    if process.rank == 0:
-        total, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
-        print(f"ARVideo pretraining\n"
-              f"  data       {len(videos)} videos; clips of {frames} frames at stride {config['data']['stride']}, "
-              f"{size} x {size}, flip {'on' if settings['flip'] else 'off'}\n"
-              f"  model      {total:.1f} M parameters, {encoder:.1f} M of them in the encoder; of "
-              f"{len(model.encoder.positions)} tokens {model.encoder_mask.shape[0]} enter the encoder and "
-              f"{model.decoder_mask.shape[0]} are predicted; order {model.order}")
+# --- Pictures ---------------------------------------------------------------
 
-    generator = torch.Generator(process.device)
+
+def save_picture(path, model, video, order, visible):
+    """Three rows for each video: the truth, what the encoder sees, what is predicted.
+
+    A column is a time step of the token grid, shown by the first of its frames.
+    video [B, 3, T, H, W], normalised; order and visible as model.draw gives them.
+    """
+    shown, predicted = model.reconstruct(video, order, visible)
+    rows = torch.stack([video, shown, predicted], 1).flatten(0, 1).cpu()        # [3 B, 3, T, H, W]
+    rows = (rows * data.IMAGENET_STD + data.IMAGENET_MEAN).clamp(0, 1)
+    frames = rows[:, :, ::model.cube[0]].transpose(1, 2).flatten(0, 1)          # [3 B t, 3, H, W]
+    enlarge = max(1, 128 // video.shape[-1])
+    frames = F.interpolate(frames, scale_factor=enlarge)        # each pixel becomes a square
+    save_image(frames, path, nrow=model.grid[0], padding=4, pad_value=1.0)
+
+
+# --- Pretraining ------------------------------------------------------------
+
+
+def build_arvideo(config):
+    """The model of section `model`. UserError where sizes do not fit."""
+    try:
+        return ARVideo(**config["model"])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def first_clip(videos, i):
+    """The first clip of video i in epoch 0, [1, 3, T, size, size], or None if it is unreadable."""
+    clips = videos[0, i].clips
+    return None if clips is None else clips[:1]
+
+
+def print_start(config, model, videos):
+    """What will happen."""
+    frames = config["model"]["frames"]
+    size = config["model"]["size"]
+    total = sum(p.numel() for p in model.parameters()) / 1e6
+    encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    print(f"ARVideo pretraining\n"
+          f"  data       {videos} videos; clips of {frames} frames at stride "
+          f"{config['data']['stride']}, {size} x {size}, "
+          f"flip {'on' if config['pretrain']['flip'] else 'off'}\n"
+          f"  model      {total:.1f} M parameters, {encoder:.1f} M of them in the encoder; of "
+          f"{math.prod(model.grid)} tokens {len(model.encoder_mask)} enter the encoder and "
+          f"{len(model.decoder_mask)} are predicted; order {model.order}")
+
+
+def pretrain(config):
+    run = config["run"]
+    settings = config["pretrain"]
+    seed = run["seed"]
+    output = Path(run["output"])
+    repeats = settings["clips_per_video"]
+    machine = Machine(run)
+    torch.manual_seed(stream_seed(seed, "weights"))
+    model = build_arvideo(config).to(machine.device)
+    generator = torch.Generator(machine.device)
+
+    # Data
+    train, val, _ = machine.from_first(data.read_lists, config["data"])
+    choose = partial(data.dense_clips, frames=config["model"]["frames"],
+                     stride=config["data"]["stride"], clips=repeats)
+    augment = partial(data.pretraining_clip, size=config["model"]["size"], flip=settings["flip"])
+    videos = data.Videos(train, choose, augment, seed)
+    val_videos = data.Videos(val or train, choose, augment, seed)
+    if machine.is_first:
+        print_start(config, model, len(videos))
 
     def loss_of(forward, batch, step, rows):
-        """Every process draws for the whole global batch and takes its own rows: the draw of a clip depends on
-        the step and its row alone (and the kind of GPU), not on the number of processes."""
-        order, visible = model.draw(settings["batch"] * repeats, generator.manual_seed(data.seed_of(run["seed"], step)))
-        return forward(data.normalise(batch[0], process.device), order[rows], visible[rows])
+        # All processes draw alike for the global batch, and each takes its own rows. So a
+        # clip's draw depends on the step and its row, not on the number of processes.
+        generator.manual_seed(stream_seed(seed, "draw", step))
+        order, visible = model.draw(settings["batch"] * repeats, generator)
+        video = data.normalise(batch.clips, machine.device)
+        return forward(video, order[rows], visible[rows])
 
-    def end_epoch(epoch, last):
-        if process.rank > 0:
+    def draw_predictions(path):
+        samples = [val_videos[0, i] for i in (0, len(val_videos) // 2)]
+        clips = [sample.clips[:1] for sample in samples if sample.clips is not None]
+        if clips:
+            video = data.normalise(torch.cat(clips), machine.device)
+            generator.manual_seed(stream_seed(seed, "picture"))
+            with machine.autocast():
+                save_picture(path, model, video, *model.draw(len(video), generator))
+
+    def end_epoch(epoch, is_last):
+        if not machine.is_first:
             return
         if settings["keep_epochs"] and epoch % settings["keep_epochs"] == 0:
             content = dict(model=model.state_dict(), config=config, epoch=epoch)
             save_checkpoint(output / f"epoch_{epoch:04d}.pt", content)
-        if not last and epoch % settings["picture_epochs"]:
-            return
-        try:
-            clips = torch.cat([val_videos[0, i * len(val_videos) // 2][0][:1] for i in range(2)])
-            with autocast():
-                picture = draw_picture(model, data.normalise(clips, process.device),
-                                       *model.draw(len(clips), generator.manual_seed(run["seed"])))
-            picture.save(output / f"predictions_{epoch:04d}.png")
-        except (data.UnreadableVideo, OSError) as error:        # no reason to lose a run
-            tqdm.write(f"no picture of epoch {epoch}: {error}", file=sys.stderr)
+        if is_last or epoch % settings["picture_epochs"] == 0:
+            draw_predictions(output / f"predictions_{epoch:04d}.png")
 
-    optimizer = adamw(model, settings, process.device)
-    trained = fit(config, "pretrain", process, autocast, scaler, model, videos, optimizer, loss_of, end_epoch)
-    if process.rank == 0:
-        print(f"{output} is {'now ' if trained else 'already '}finished: last.pt, log.jsonl and pictures are there")
-    if process.world > 1:
-        dist.destroy_process_group()
+    optimizer = make_optimizer(model, settings, machine.device)
+    trained = fit(config, "pretrain", machine, model, videos, optimizer, loss_of, end_epoch)
+    if machine.is_first:
+        print(f"{output} is {'now' if trained else 'already'} finished: last.pt, log.jsonl and "
+              "pictures are there")
+
+
+def main():
+    run_command("pretrain", pretrain)
 
 
 if __name__ == "__main__":
