@@ -29,8 +29,10 @@ import multiprocessing
 import os
 import re
 import signal
+import struct
 import sys
 import tempfile
+from fractions import Fraction
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -39,30 +41,28 @@ from typing import NamedTuple
 import av
 import torch
 import torch.nn.functional as F
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import decode_image
 from torchvision.transforms.v2 import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 VIDEO_SUFFIXES = {
-    ".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"}
+    ".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
+    ".flv", ".wmv", ".asf", ".ogv", ".3gp", ".3g2"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message is one sentence that says how.
-
-    Raised where it is found, in all our files. `main` prints it and exits with 1.
-    """
+    """Something that the user can mend. `main` prints the message and exits with 1."""
 
 
 def stream_seed(seed, purpose, *numbers):
-    """The seed of the random stream for a purpose, such as "sample", and numbers.
-
-    Streams of two purposes, or of two numbers, have nothing in common.
-    """
+    """The seed of a random stream that no other purpose, and no other numbers, share."""
     text = " ".join(map(str, (seed, purpose, *numbers)))
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:7], "big")
@@ -77,24 +77,48 @@ class Entry(NamedTuple):
     label: int | None
 
 
-def tell(message):
-    """Print on stderr, once in a run of several processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+def has_suffix(path, suffixes):
+    return os.path.splitext(path)[1].lower() in suffixes
 
 
 def videos_below(folder):
-    """The videos in a folder and its subfolders, links followed, in alphabetical order."""
+    """The videos in a folder and its subfolders, links followed, in alphabetical order.
+
+    A folder of images, and of no videos, is a video itself: its frames. Hidden files and
+    folders are left out, and so are those that macOS adds to archives.
+    """
     videos = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         parent = Path(parent)
+        names = [name for name in names if not name.startswith(".")]
+        here = [parent / name for name in names if has_suffix(name, VIDEO_SUFFIXES)]
+        if not here and any(has_suffix(name, IMAGE_SUFFIXES) for name in names):
+            here = [parent]
+            folders.clear()
+        videos += here
         # A link that leads back up would be followed for ever
-        here = parent.resolve()
+        resolved = parent.resolve()
         folders[:] = [name for name in folders
-                      if not here.is_relative_to((parent / name).resolve())]
-        videos += [parent / name for name in names
-                   if Path(name).suffix.lower() in VIDEO_SUFFIXES]
+                      if not name.startswith((".", "__MACOSX"))
+                      and not resolved.is_relative_to((parent / name).resolve())]
     return sorted(videos)
+
+
+def files_by_stem(root):
+    """{file name without its suffix: path} of the videos below a folder."""
+    files = {}
+    doubled = []
+    for path in videos_below(root):
+        stem = path.stem if has_suffix(path, VIDEO_SUFFIXES) else path.name
+        if stem in files:
+            doubled.append(path)
+        files.setdefault(stem, path)
+    if doubled:
+        first = doubled[0]
+        print(f"{root}: {len(doubled)} videos have the name of another one; the first in "
+              f"alphabetical order is used, for example {files[first.stem]} and not {first}",
+              file=sys.stderr)
+    return files
 
 
 def read_text(path):
@@ -113,14 +137,21 @@ def read_folder(source):
     videos = videos_below(source)
     if not videos:
         raise UserError(f"{source}: there are no videos in this folder or below it")
-    if any(path.parent == source for path in videos):
+    if any(source in (path, path.parent) for path in videos):
         return [(path, None) for path in videos]
-    return [(path, path.relative_to(source).parts[0]) for path in videos]
+    named = [(path, path.relative_to(source).parts[0]) for path in videos]
+    if {name for _, name in named} <= {"train", "val", "validation", "test"}:
+        raise UserError(f"{source}: its folders are parts of a data set, not classes: name one of "
+                        f"them, for example {source / named[0][1]}")
+    return named
 
 
 def read_kinetics(source, text):
-    """Lines label,youtube_id,time_start,time_end,split -> [(file stem, class name), ...]."""
-    rows = csv.DictReader(text.splitlines())
+    """label,youtube_id,time_start,time_end,split -> [(file stem, class name), ...]."""
+    lines = text.strip().splitlines()
+    delimiter = max(",;\t", key=lines[0].count)
+    rows = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    rows.fieldnames = [name.strip().lower() for name in rows.fieldnames]
     absent = {"label", "youtube_id", "time_start", "time_end"} - set(rows.fieldnames)
     if absent:
         raise UserError(f"{source}: the column {', '.join(sorted(absent))} is missing in "
@@ -130,10 +161,11 @@ def read_kinetics(source, text):
         try:
             start = int(float(row["time_start"]))
             end = int(float(row["time_end"]))
-        except (OverflowError, TypeError, ValueError):
-            raise UserError(f"{source}:{rows.line_num}: the times are not numbers: "
-                            f"{dict(row)}") from None
-        named.append((f"{row['youtube_id']}_{start:06d}_{end:06d}", row["label"]))
+            stem = f"{row['youtube_id'].strip()}_{start:06d}_{end:06d}"
+            named.append((stem, row["label"].strip()))
+        except (AttributeError, OverflowError, TypeError, ValueError):
+            raise UserError(f"{source}:{rows.line_num}: expected a label, a youtube_id and two "
+                            f"times, found: {lines[rows.line_num - 1][:200]}") from None
     return named
 
 
@@ -150,8 +182,9 @@ def read_something(source, text):
 def read_something_classes(source):
     """Class names, in the order of their numbers, from labels.json beside the annotations."""
     files = sorted(source.parent.glob("*labels.json"))
-    if not files:
-        raise UserError(f"{source}: Something-Something's labels.json is not beside it")
+    if len(files) != 1:
+        raise UserError(f"{source}: Something-Something's labels.json must be beside it, once; "
+                        f"found {', '.join(path.name for path in files) or 'none'}")
     try:
         numbers = json.loads(read_text(files[0]))
         return sorted(numbers, key=lambda name: int(numbers[name]))
@@ -161,47 +194,68 @@ def read_something_classes(source):
 
 
 def read_list(source, text, folders):
-    """Lines `path label`, or `path` alone -> [(path, label or None), ...].
+    """Lines `path label`, `path,label` or `path` -> [(path, label or None), ...].
 
-    Paths may hold spaces. All lines must be of one form.
+    All lines must be of one form. A path may hold spaces.
     """
     named = []
+    first_form = None
     for line_number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if not line:
             continue
-        labelled = re.fullmatch(r"(.+?)\s+(\d+)", line)
+        labelled = re.fullmatch(r"(.+?)(\s+|\s*[,;]\s*)(\d+)", line)
         name = labelled[1] if labelled else line
-        label = int(labelled[2]) if labelled else None
-        # A name that is neither a video's nor there is something else, say `a.mp4 walking`
-        if Path(name).suffix.lower() not in VIDEO_SUFFIXES and not find_file(name, folders):
-            raise UserError(f"{source}:{line_number}: expected `path label` with a number as "
-                            f"the label, or `path`, found: {line[:200]}")
-        if named and (label is None) != (named[0][1] is None):
-            form = "path" if label is not None else "path label"
-            raise UserError(f"{source}:{line_number}: expected `{form}`, as in the lines "
+        label = int(labelled[3]) if labelled else None
+        form = f"path{labelled[2].strip() or ' '}label" if labelled else "path"
+        # What is neither there nor looks like a video is something else, say `a.mp4 0 1`
+        if not has_suffix(name, VIDEO_SUFFIXES) and not find_file(name, folders):
+            header = "; if it is a header, remove it" if not named else ""
+            raise UserError(f"{source}:{line_number}: expected `path label`, with one number as "
+                            f"the label, `path,label` or `path`, found: {line[:200]}{header}")
+        first_form = first_form or form
+        if form != first_form:
+            raise UserError(f"{source}:{line_number}: expected `{first_form}`, as in the lines "
                             f"before, found: {line[:200]}")
         named.append((name, label))
     return named
 
 
 def find_file(name, folders):
-    """The file `name` below one of the folders, or what `shrink` made of it, or None."""
-    stem, suffix = os.path.splitext(name)
-    candidates = [name]
-    if suffix.lower() in VIDEO_SUFFIXES:
-        candidates.append(stem + ".mp4")
+    """The video `name` below one of the folders, or what `shrink` made of it, or None."""
+    names = [name, os.path.splitext(name)[0] + ".mp4"]
+    if not has_suffix(name, VIDEO_SUFFIXES):
+        names = [name, name + ".mp4"]                   # a folder of images
     for folder in folders:
-        for candidate in candidates:
-            if (folder / candidate).is_file():
-                return folder / candidate
+        for candidate in names:
+            path = folder / candidate
+            if path.is_file() or is_image_folder(path):
+                return path
     return None
 
 
-def find_files(source, root, named, find):
-    """[(name, label), ...] -> entries. Videos that are not there are left out, and counted aloud.
+def is_image_folder(path):
+    return path.is_dir() and any(has_suffix(name, IMAGE_SUFFIXES) for name in os.listdir(path))
 
-    find(name) is the path of a video's file, or None.
+
+def number_classes(source, named, classes):
+    """[(name, class name), ...] -> [(name, class number), ...], and the class names.
+
+    Without known `classes` they are numbered in alphabetical order.
+    """
+    classes = classes or sorted({label for _, label in named})
+    numbers = {label: i for i, label in enumerate(classes)}
+    unknown = {label for _, label in named} - set(numbers)
+    if unknown:
+        raise UserError(f"{source}: the class '{min(unknown)}' is not among the "
+                        f"{len(classes)} known ones")
+    return [(name, numbers[label]) for name, label in named], classes
+
+
+def find_files(source, root, named, find):
+    """[(name, label), ...] -> entries. find(name) is the path of a file, or None.
+
+    Videos without a file are left out and counted on stderr.
     """
     entries = []
     missing = []
@@ -217,35 +271,20 @@ def find_files(source, root, named, find):
         raise UserError(f"{source}: none of its {len(named)} videos is under {root} "
                         f"(first: {missing[0]}); set data.root")
     if missing:
-        tell(f"{source}: {len(missing)} of {len(named)} videos are not under {root}, "
-             f"first {', '.join(missing[:5])}")
+        print(f"{source}: {len(missing)} of {len(named)} videos are not under {root}, "
+              f"first {', '.join(missing[:5])}", file=sys.stderr)
     return entries
-
-
-def number_classes(source, named, classes):
-    """[(name, class name), ...] -> [(name, class number), ...], and the names in order.
-
-    Without known `classes` they are numbered in alphabetical order.
-    """
-    classes = classes or sorted({label for _, label in named})
-    numbers = {label: i for i, label in enumerate(classes)}
-    unknown = {label for _, label in named} - set(numbers)
-    if unknown:
-        raise UserError(f"{source}: the class '{min(unknown)}' is not among the "
-                        f"{len(classes)} known ones")
-    return [(name, numbers[label]) for name, label in named], classes
 
 
 def read_annotations(source, root="", classes=None):
     """The videos of a data set: ([Entry, ...], class names or None).
 
-    `source` is a folder of class folders or of videos, Kinetics' CSV,
-    Something-Something's JSON with labels.json beside it, or a list of lines `path`
-    or `path label`, with classes.txt beside it or not. Its content tells which.
-    `source` may itself lie under `root`. Videos lie under `root`, which is the
-    annotations' own folder if empty; those of a list may lie in either.
+    `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's
+    JSON with labels.json beside it, or a list of lines `path` or `path label`, with
+    classes.txt beside it or not; its content tells which. It may itself lie under `root`.
+    Videos lie under `root`, or without it beside the annotations; those of a list in either.
     `classes`, the names of the training set, fixes the class numbers.
-    Raises UserError that names the file, the line and what is wrong.
+    UserError names the file, the line and what is wrong.
     """
     # Where the annotations and the videos are
     candidates = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
@@ -254,40 +293,35 @@ def read_annotations(source, root="", classes=None):
         raise UserError(f"{' and '.join(map(str, candidates))}: there is no such annotation "
                         "file; look at data.root, data.train and data.val")
     source = existing[0]
-    if source.is_dir():
-        named = read_folder(source)
-        if named[0][1] is None:
-            return [Entry(str(path), None) for path, _ in named], None
-        numbered, classes = number_classes(source, named, classes)
-        return [Entry(str(path), label) for path, label in numbered], classes
     root = Path(root).expanduser() if root else source.parent
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder of videos (data.root)")
 
-    # A list names the files, with class numbers if any
-    text = read_text(source)
-    first_line = text.lstrip().partition("\n")[0]
-    is_json = re.match(r"\[\s*([{\]]|$)", first_line)           # and not a video named [1].mp4
-    is_kinetics = "youtube_id" in next(csv.reader([first_line]))
-    if not is_json and not is_kinetics:
-        folders = (root, source.parent)
-        entries = find_files(source, root, read_list(source, text, folders),
-                             partial(find_file, folders=folders))
-        class_file = source.with_name("classes.txt")
-        if classes is None and class_file.is_file():
-            lines = read_text(class_file).split("\n")
-            classes = [line.strip() for line in lines if line.strip()]
-        return entries, classes
-
-    # The two official formats give file stems and class names
-    if is_json:
-        named = read_something(source, text)
-        classes = classes or read_something_classes(source)
+    # Names and labels, and a way to find the files
+    if source.is_dir():
+        named = read_folder(source)
+        find = Path
     else:
-        named = read_kinetics(source, text)
-    numbered, classes = number_classes(source, named, classes)
-    files = {path.stem: path for path in videos_below(root)}
-    return find_files(source, root, numbered, files.get), classes
+        text = read_text(source)
+        first_line = text.lstrip().partition("\n")[0]
+        is_json = re.match(r"\[\s*([{\]]|$)", first_line)       # and not a video named [1].mp4
+        cells = [cell.strip().lower() for cell in re.split("[,;\t]", first_line)]
+        if is_json or "youtube_id" in cells:
+            named = read_something(source, text) if is_json else read_kinetics(source, text)
+            classes = classes or (read_something_classes(source) if is_json else None)
+            find = files_by_stem(root).get
+        else:
+            folders = (root, source.parent)
+            named = read_list(source, text, folders)
+            find = partial(find_file, folders=folders)
+            class_file = source.with_name("classes.txt")
+            if classes is None and class_file.is_file():
+                classes = [line.strip() for line in read_text(class_file).split("\n")
+                           if line.strip()]
+
+    if named and isinstance(named[0][1], str):
+        named, classes = number_classes(source, named, classes)
+    return find_files(source, root, named, find), classes
 
 
 def read_lists(settings):
@@ -336,32 +370,42 @@ def open_video(path):
                     other.discard = av.stream.Discard.all
             # Frame threads hang on broken files, and workers are parallel enough
             stream.codec_context.thread_count = 1
+            # HEVC's decoder hides damage unless it is told not to
+            if stream.codec_context.name == "hevc":
+                stream.codec_context.options = {"err_detect": "explode"}
             yield container, stream
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UnreadableVideo(f"{path}: {reason}") from None
 
 
+PROGRESSIVE = 1         # of FFmpeg's field orders; 0 is unknown, higher ones are interlaced
+
 # One for each process: it keeps its scaler, which a frame would make anew
 REFORMATTER = VideoReformatter()
 
 
-def convert(frame, format="rgb24", **size):
-    """The frame in another format (None: its own) and size. ValueError if it is damaged."""
-    if frame.is_corrupt:
-        raise ValueError("a frame is damaged")
+def to_rgb(frame, format="rgb24", **size):
+    """The frame as RGB, or in another format, and in another size."""
     # By default a thread pool would be made for every frame
     return REFORMATTER.reformat(frame, format=format, **size, threads=1)
 
 
+def refuse_damaged(frame):
+    if frame.is_corrupt:
+        raise ValueError("a frame is damaged")
+
+
 def read_packets(container, stream):
-    """The stream's packets, up to a break in the file.
+    """The stream's packets, up to a break in the file: what precedes it is good.
 
     Reading them is cheap, and they tell more than a header, which may be wrong.
     """
     packets = []
-    with contextlib.suppress(av.error.FFmpegError):     # what precedes a break is good
+    with contextlib.suppress(av.error.FFmpegError):
         for packet in container.demux(stream):
+            if packet.is_corrupt and packets:
+                break
             if packet.size and not packet.is_corrupt:
                 packets.append(packet)
     if all(packet.is_discard for packet in packets):
@@ -370,15 +414,23 @@ def read_packets(container, stream):
 
 
 def timestamps_are_an_index(container, stream, packets):
-    """True if timestamps identify the displayed frames one to one.
-
-    AVI, raw streams and some MKV have wrong ones. VP8 has packets without a picture.
-    """
+    """True if timestamps identify the displayed frames one to one."""
+    decoder = stream.codec_context
     formats = container.format.name.split(",")
-    is_vp9 = stream.codec_context.name == "vp9"
     times = [packet.pts for packet in packets]
-    unique = None not in times and len(set(times)) == len(times)
-    return unique and ("mov" in formats or "mpegts" in formats or is_vp9)
+    # AVI, raw streams and some MKV have wrong ones. VP8 has packets without a picture.
+    if "mov" not in formats and "mpegts" not in formats and decoder.name != "vp9":
+        return False
+    if None in times or len(set(times)) < len(times):
+        return False
+    # An interlaced video may have a packet for each of the two fields of a frame
+    if decoder.field_order > PROGRESSIVE:
+        return False
+    # A stream that begins inside a group of pictures lacks what its first frames refer to
+    if not packets[0].is_keyframe or packets[0].pts > min(times):
+        return False
+    # Where the decoder changes the order, timestamps must not tell the order of decoding
+    return not decoder.has_b_frames or times != [packet.dts for packet in packets]
 
 
 def packets_needed(packets, wanted):
@@ -397,8 +449,8 @@ def packets_needed(packets, wanted):
     return sorted(needed)
 
 
-def decode_indexed(decoder, packets, wanted):
-    """{timestamp: frame} for those of the wanted timestamps that the decoder gives.
+def decode_indexed(decoder, packets, wanted, convert):
+    """{timestamp: converted frame} for those of the wanted timestamps that the decoder gives.
 
     1. Only the packets from a key frame up to a wanted frame are decoded.
     2. H.264 leaves out frames that are not wanted and that no other frame refers to.
@@ -418,7 +470,8 @@ def decode_indexed(decoder, packets, wanted):
             decoded += decoder.decode(None)
             decoder.flush_buffers()
         for frame in decoded:
-            if frame.pts in wanted or frame.is_corrupt:
+            refuse_damaged(frame)
+            if frame.pts in wanted:
                 frames[frame.pts] = convert(frame)
     if decoder.name == "h264":
         decoder.skip_frame = "DEFAULT"
@@ -431,8 +484,8 @@ def decode_all(decoder, packets):
         yield from decoder.decode(packet)
 
 
-def decode_counted(decoder, packets, wanted):
-    """({number: frame} for the wanted numbers, how many frames were decoded).
+def decode_counted(decoder, packets, wanted, convert):
+    """({number: converted frame} for the wanted numbers, how many frames were decoded).
 
     Decodes from the start and counts what comes out, until all wanted frames have come.
     """
@@ -452,6 +505,51 @@ def decode_counted(decoder, packets, wanted):
     return frames, count
 
 
+def decode_clips(container, stream, choose, convert):
+    """(clips, {key: converted frame}): clips of keys, for the frame numbers that choose gives."""
+    packets = read_packets(container, stream)
+    decoder = stream.codec_context
+
+    # Decode only what the wanted frames need, if timestamps can be trusted
+    if timestamps_are_an_index(container, stream, packets):
+        shown = sorted(packet.pts for packet in packets if not packet.is_discard)
+        clips = [[shown[number] for number in clip]
+                 for clip in clamp(choose(len(shown)), len(shown))]
+        wanted = {pts for clip in clips for pts in clip}
+        frames = decode_indexed(decoder, packets, wanted, convert)
+        if len(frames) == len(wanted):
+            return clips, frames
+        # Some did not come: what is marked as a key frame need not be one
+
+    # Else decode from the start; there can be fewer frames than packets
+    count = len(packets)
+    while count:
+        decoder.flush_buffers()
+        clips = clamp(choose(count), count)
+        wanted = {number for clip in clips for number in clip}
+        frames, count = decode_counted(decoder, packets, wanted, convert)
+        if len(frames) == len(wanted):
+            return clips, frames
+    raise ValueError("none of its frames decodes")
+
+
+def orientation(frame):
+    """How to turn a frame upright: (swap rows and columns, flip rows, flip columns).
+
+    From the display matrix of its file, which takes a point (x, y) to
+    (a x + c y, b x + d y). Only quarter turns and reflections occur.
+    """
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d, *_ = struct.unpack("9i", bytes(matrix)[:36])
+    if a * d == b * c:                                  # degenerate: some writers leave zeros
+        return False, False, False
+    if abs(a * d) > abs(b * c):
+        return False, d < 0, a < 0
+    return True, b < 0, c < 0
+
+
 def assemble(clips, frames):
     """A tensor [T, H, W, 3], turned upright, for every clip, a list of keys of `frames`."""
     first = frames[min(frames)]
@@ -459,14 +557,19 @@ def assemble(clips, frames):
     for key, frame in frames.items():
         # A frame whose size differs takes that of the first
         if (frame.width, frame.height) != (first.width, first.height):
-            frame = convert(frame, width=first.width, height=first.height)
+            frame = to_rgb(frame, width=first.width, height=first.height)
         plane = frame.planes[0]
         shape = (frame.height, frame.width, 3)
         pixels[key] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(
             shape, (plane.line_size, 3, 1))             # a view: nothing is copied yet
-    quarter_turns = round(first.rotation / 90)          # counter-clockwise, from the file
-    stacked = [torch.stack([pixels[key] for key in clip]) for clip in clips]
-    return [torch.rot90(clip, quarter_turns, (1, 2)) for clip in stacked]
+    swap, *flips = orientation(first)
+    dims = [dim for dim, flip in zip((1, 2), flips) if flip]
+    upright = []
+    for clip in clips:
+        clip = torch.stack([pixels[key] for key in clip])
+        clip = clip.transpose(1, 2) if swap else clip
+        upright.append(clip.flip(dims) if dims else clip)
+    return upright
 
 
 def clamp(clips, count):
@@ -480,31 +583,42 @@ def read_clips(path, choose):
     choose(number of frames) -> [[frame number, ...], ...], a list for every clip.
     Numbers beyond the last frame repeat it. Raises UnreadableVideo.
     """
+    if os.path.isdir(path):
+        return read_image_clips(path, choose)
     with open_video(path) as (container, stream):
-        packets = read_packets(container, stream)
-        decoder = stream.codec_context
+        return assemble(*decode_clips(container, stream, choose, to_rgb))
 
-        # Decode only what the wanted frames need, if timestamps can be trusted
-        if timestamps_are_an_index(container, stream, packets):
-            shown = sorted(packet.pts for packet in packets if not packet.is_discard)
-            clips = [[shown[number] for number in clip]
-                     for clip in clamp(choose(len(shown)), len(shown))]
-            wanted = {pts for clip in clips for pts in clip}
-            frames = decode_indexed(decoder, packets, wanted)
-            if len(frames) == len(wanted):
-                return assemble(clips, frames)
-            # Some did not come: what is marked as a key frame need not be one
 
-        # Else decode from the start; there can be fewer frames than packets
-        count = len(packets)
-        while count:
-            decoder.flush_buffers()
-            clips = clamp(choose(count), count)
-            wanted = {number for clip in clips for number in clip}
-            frames, count = decode_counted(decoder, packets, wanted)
-            if len(frames) == len(wanted):
-                return assemble(clips, frames)
-        raise ValueError("none of its frames decodes")
+def image_files(folder):
+    """The images of a folder in natural order: 2.jpg comes before 10.jpg."""
+    paths = [path for path in Path(folder).iterdir() if has_suffix(path, IMAGE_SUFFIXES)
+             and not path.name.startswith(".")]
+    if not paths:
+        raise UnreadableVideo(f"{folder}: there are no images in this folder")
+    return sorted(paths, key=lambda path: [int(part) if part.isdigit() else part
+                                           for part in re.split(r"(\d+)", path.name)])
+
+
+def read_image(path):
+    """uint8 [3, H, W], RGB. Raises UnreadableVideo."""
+    try:
+        return decode_image(str(path), mode="RGB")
+    except (OSError, RuntimeError) as error:
+        raise UnreadableVideo(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def read_image_clips(folder, choose):
+    """As read_clips, of a folder of images, each of them a frame."""
+    files = image_files(folder)
+    clips = clamp(choose(len(files)), len(files))
+    images = {number: read_image(files[number]) for clip in clips for number in clip}
+    first = images[min(images)]
+    for number, image in images.items():
+        # A frame whose size differs takes that of the first
+        if image.shape != first.shape:
+            images[number] = tv.resize(image, list(first.shape[1:]), antialias=True)
+    return [torch.stack([images[number] for number in clip]).permute(0, 2, 3, 1)
+            for clip in clips]
 
 
 # --- Choosing frames --------------------------------------------------------
@@ -598,31 +712,28 @@ def spatial_views(clip, size, crops):
 
 
 RAND_AUGMENT = (
-    "auto contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize add",
+    "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize add",
     "saturation", "contrast", "brightness", "sharpness", "shear x", "shear y", "move x", "move y")
 
 
-def warp(clip, angle=0.0, shear=(0.0, 0.0), move=(0.0, 0.0), center=None):
-    """Rotate (degrees), shear (degrees) or move (pixels) a clip; grey comes in at the edges."""
+def warp(clip, angle=0.0, shear=(0.0, 0.0), move=(0.0, 0.0), center=(0, 0)):
+    """Turn (degrees), shear (degrees) or move (pixels) a clip; grey comes in at the edges."""
     return tv.affine(
         clip, angle=angle, translate=list(move), scale=1.0, shear=list(shear), fill=[128.0] * 3,
         interpolation=tv.InterpolationMode.BILINEAR, center=center)
 
 
 def augment_once(clip, name, level, sign):
-    """One operation of RandAugment, of strength `level` (0 to 1) and direction `sign` (1 or -1)."""
+    """One operation of RandAugment: `level` (0 to 1) is its strength, `sign` its direction."""
     H, W = clip.shape[-2:]
-    factor = max(0.1, 1 + 0.9 * level * sign)
     shear = math.degrees(math.atan(0.3 * level * sign))
-    corner = [0, 0]
-    if name == "auto contrast":
-        return tv.autocontrast(clip)
-    if name == "equalize":
-        return tv.equalize(clip)
-    if name == "invert":
-        return tv.invert(clip)
-    if name == "rotate":
-        return warp(clip, angle=-30 * level * sign)     # tv.affine turns clockwise
+    enhance = {"saturation": tv.adjust_saturation, "contrast": tv.adjust_contrast,
+               "brightness": tv.adjust_brightness, "sharpness": tv.adjust_sharpness}
+    plain = {"autocontrast": tv.autocontrast, "equalize": tv.equalize, "invert": tv.invert}
+    if name in plain:
+        return plain[name](clip)
+    if name in enhance:
+        return enhance[name](clip, max(0.1, 1 + 0.9 * level * sign))
     if name == "posterize":
         return tv.posterize(clip, bits=4 - int(4 * level))
     if name == "solarize":
@@ -630,21 +741,15 @@ def augment_once(clip, name, level, sign):
     if name == "solarize add":
         brighter = (clip.int() + int(110 * level)).clamp(max=255).byte()
         return torch.where(clip < 128, brighter, clip)
-    if name == "saturation":
-        return tv.adjust_saturation(clip, factor)
-    if name == "contrast":
-        return tv.adjust_contrast(clip, factor)
-    if name == "brightness":
-        return tv.adjust_brightness(clip, factor)
-    if name == "sharpness":
-        return tv.adjust_sharpness(clip, factor)
+    if name == "rotate":
+        return warp(clip, angle=30 * level * sign, center=None)         # about the middle
     if name == "shear x":
-        return warp(clip, shear=(shear, 0.0), center=corner)
+        return warp(clip, shear=(shear, 0.0))
     if name == "shear y":
-        return warp(clip, shear=(0.0, shear), center=corner)
+        return warp(clip, shear=(0.0, shear))
     if name == "move x":
-        return warp(clip, move=(0.45 * level * sign * W, 0), center=corner)
-    return warp(clip, move=(0, 0.45 * level * sign * H), center=corner)     # move y
+        return warp(clip, move=(0.45 * level * sign * W, 0))
+    return warp(clip, move=(0, 0.45 * level * sign * H))                # move y
 
 
 def rand_augment(clip, operations, magnitude):
@@ -718,10 +823,9 @@ class Videos(Dataset):
 
     choose(number of frames) -> R lists of frame numbers.
     augment(clip uint8 [T, 3, H, W]) -> [T, 3, size, size].
-    Both draw from torch's generator, which has a stream of its own for each item. If
-    a video is unreadable, another one is drawn in its place, up to TRIES in all.
+    Both draw from torch's generator. In place of an unreadable video another is drawn.
     """
-    TRIES = 10
+    TRIES = 10                                          # videos for one item
 
     def __init__(self, entries, choose, augment, seed):
         self.entries = entries
@@ -919,7 +1023,7 @@ def write_video(path, frames):
             options=options)
         for pixels in frames.numpy():
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(convert(frame, "yuv420p")))
+            container.mux(stream.encode(to_rgb(frame, "yuv420p")))
         container.mux(stream.encode())
 
 
@@ -981,74 +1085,101 @@ def collect_reasons(function, jobs, workers):
 
 
 def unreadable_reason(path):
-    """None, or why some frame of the video does not decode."""
+    """None, or why some frame of the video cannot be read."""
     try:
-        with open_video(path) as (container, stream):
-            packets = [packet for packet in container.demux(stream) if packet.size]
-            count = 0
-            for frame in decode_all(stream.codec_context, packets):
-                convert(frame, format=None)             # refuses a damaged one
-                count += 1
-            if any(packet.is_corrupt for packet in packets):
-                raise ValueError("parts of it are missing")
-            expected = 1
-            if timestamps_are_an_index(container, stream, packets):
-                expected = sum(not packet.is_discard for packet in packets)
-            if count < expected:
-                raise ValueError(f"{expected - count} of {expected} frames do not decode")
+        if os.path.isdir(path):
+            for image in image_files(path):
+                read_image(image)
+        else:
+            with open_video(path) as (container, stream):
+                decode_clips(container, stream, lambda count: [range(count)], refuse_damaged)
     except UnreadableVideo as error:
         return str(error)
 
 
 def upright(frame):
-    """The frame, turned as its file asks."""
-    if not frame.rotation:
+    """The frame, turned and mirrored as its file asks."""
+    if not any(orientation(frame)):
         return frame
-    pixels = assemble([[0]], {0: convert(frame)})[0][0].contiguous()
+    pixels = assemble([[0]], {0: to_rgb(frame)})[0][0].contiguous()
     return av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
 
 
-def add_shrunk_stream(writer, stream, frame, short_side, key_frames):
-    """A stream of `writer` for frames like `frame`, smaller, that decodes fast."""
+def upright_frames(source):
+    """(frame, time in units of the stream's time base, stream) of all frames of a video.
+
+    Of a folder of images, the time counts frames, and the stream is None.
+    """
+    if os.path.isdir(source):
+        for number, path in enumerate(image_files(source)):
+            pixels = read_image(path).permute(1, 2, 0).contiguous().numpy()
+            yield av.VideoFrame.from_ndarray(pixels, format="rgb24"), number, None
+        return
+    with open_video(source) as (container, stream):
+        for frame in decode_all(stream.codec_context, read_packets(container, stream)):
+            refuse_damaged(frame)
+            yield upright(frame), frame.pts or 0, stream
+
+
+def add_shrunk_stream(writer, frame, stream, short_side, key_frames):
+    """A stream of `writer` for frames like `frame` of `stream`, smaller, that decodes fast."""
     scale = min(1, short_side / min(frame.width, frame.height))
     width = max(2, round(frame.width * scale / 2) * 2)          # H.264 wants even sizes
     height = max(2, round(frame.height * scale / 2) * 2)
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode",
                "x264-params": "b-pyramid=none"}
-    return writer.add_stream(
-        "libx264", rate=stream.average_rate or 25, width=width, height=height,
-        time_base=stream.time_base, thread_count=1, options=options,
-        colorspace=frame.colorspace, color_range=frame.color_range)
+    rate = stream.average_rate if stream else None
+    output = writer.add_stream(
+        "libx264", rate=rate or 25, width=width, height=height,
+        time_base=stream.time_base if stream else Fraction(1, 25), thread_count=1,
+        options=options, colorspace=frame.colorspace, color_range=frame.color_range)
+    shape = stream.sample_aspect_ratio if stream else None      # of a pixel
+    if shape:
+        is_turned = frame.width != stream.width
+        output.sample_aspect_ratio = 1 / shape if is_turned else shape
+    return output
+
+
+def write_shrunk(source, target, short_side, key_frames):
+    """Re-encode a video into the file `target`. Returns how many frames were written."""
+    output = None
+    count = 0
+    with av.open(str(target), "w", format="mp4") as writer:
+        for frame, pts, stream in upright_frames(source):
+            if output is None:
+                output = add_shrunk_stream(writer, frame, stream, short_side, key_frames)
+                start = pts                             # the first frame's time becomes zero
+                last = -1
+            frame = to_rgb(frame, "yuv420p", width=output.width, height=output.height)
+            last = max(pts - start, last + 1)           # times that do not grow are corrected
+            frame.pts = last
+            frame.time_base = output.codec_context.time_base
+            frame.pict_type = 0                         # let x264 choose its key frames
+            writer.mux(output.encode(frame))
+            count += 1
+        if output is None:
+            raise UnreadableVideo(f"{source}: none of its frames decodes")
+        writer.mux(output.encode())
+    return count
 
 
 def shrink_video(job, short_side, key_frames):
     """Re-encode a video (source, target) as H.264 without audio. Returns None or the reason.
 
     At most `short_side` pixels on the short side, a key frame every `key_frames`.
-    Frames and their times stay; a rotation that the header asks for is carried out.
+    Frames, the times between them and the shape of pixels stay. A rotation or reflection
+    that the file asks for is carried out. The first frame's time becomes zero.
     """
     source, target = job
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.part")
-    output = None
-    last = -math.inf
     try:
-        with (av.open(str(temporary), "w", format="mp4") as writer,
-              open_video(source) as (container, stream)):
-            for frame in container.decode(stream):
-                pts = frame.pts or 0
-                frame = upright(frame)
-                if output is None:
-                    output = add_shrunk_stream(writer, stream, frame, short_side, key_frames)
-                frame = convert(frame, "yuv420p", width=output.width, height=output.height)
-                last = max(pts, last + 1)               # times that do not grow are corrected
-                frame.pts = last
-                frame.time_base = stream.time_base
-                frame.pict_type = 0                     # let x264 choose its key frames
-                writer.mux(output.encode(frame))
-            if output is None:
-                raise ValueError("none of its frames decodes")
-            writer.mux(output.encode())
+        written = write_shrunk(source, temporary, short_side, key_frames)
+        with open_video(temporary) as (container, stream):
+            packets = read_packets(container, stream)
+        shown = sum(not packet.is_discard for packet in packets)
+        if shown != written:
+            raise UnreadableVideo(f"{source}: {written - shown} of {written} frames were lost")
         temporary.replace(target)
     except UnreadableVideo as error:
         temporary.unlink(missing_ok=True)
@@ -1066,7 +1197,10 @@ def shrink(source, target, short_side, key_frames, workers):
     for path in videos_below(source):
         if target in path.parents:
             continue
-        goal = (target / path.relative_to(source)).with_suffix(".mp4")
+        goal = target / path.relative_to(source)
+        if has_suffix(goal, VIDEO_SUFFIXES):
+            goal = goal.with_suffix("")
+        goal = goal.with_name(goal.name + ".mp4")
         if goal in jobs:
             raise UserError(f"{path} and {jobs[goal]} would both become {goal}: rename one")
         jobs[goal] = path
@@ -1087,32 +1221,23 @@ def check(lists, root, workers):
     return collect_reasons(unreadable_reason, list(paths), workers)
 
 
-def positive(text):
-    """A whole number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--workers", type=int, default=os.cpu_count(), help="default: all cores")
     commands = parser.add_subparsers(dest="command", required=True)
-    for_check = commands.add_parser("check", help="decode everything, name what is unreadable")
+    for_check = commands.add_parser("check", parents=[shared], help="name what is unreadable")
     for_check.add_argument("lists", nargs="+", metavar="LIST", help="annotations, as data.train")
     for_check.add_argument("--root", default="", help="folder of the videos, as data.root")
-    for_shrink = commands.add_parser("shrink", help="re-encode a folder of videos")
-    for_shrink.add_argument("source", metavar="SRC", help="folder of videos")
-    for_shrink.add_argument("target", metavar="DST", help="folder to write to")
-    for_shrink.add_argument("--short-side", type=positive, default=320,
-                            help="pixels, at most (default: 320)")
-    for_shrink.add_argument("--key-frames", type=positive, default=32,
-                            help="frames from one key frame to the next (default: 32)")
-    for command in (for_check, for_shrink):
-        command.add_argument("--workers", type=positive, default=os.cpu_count(),
-                             help="processes (default: all cores)")
+    for_shrink = commands.add_parser("shrink", parents=[shared], help="re-encode a folder")
+    for_shrink.add_argument("source", metavar="SRC")
+    for_shrink.add_argument("target", metavar="DST")
+    for_shrink.add_argument("--short-side", type=int, default=320, help="pixels, at most")
+    for_shrink.add_argument("--key-frames", type=int, default=32, help="frames between two")
     options = vars(parser.parse_args())
+    if any(number < 1 for number in options.values() if isinstance(number, int)):
+        parser.error("--workers, --short-side and --key-frames must be 1 or more")
     command = {"check": check, "shrink": shrink}[options.pop("command")]
     try:
         reasons = command(**options)

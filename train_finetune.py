@@ -29,7 +29,7 @@ import data
 from arvideo import DecoderBlock, Encoder, LayerNorm, initialise
 from data import UserError, stream_seed
 from train_pretrain import (
-    Machine, find_checkpoint, fit, load_checkpoint, make_optimizer, run_command, save_checkpoint)
+    Machine, fit, load_checkpoint, make_optimizer, run_command, save_checkpoint)
 
 # The keys of section `model` that decide the encoder's weights and what they mean
 ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
@@ -332,8 +332,8 @@ def begin(model, config, classes):
             raise UserError(f"finetune.test_only: {init} holds no classifier of these classes; "
                             "set finetune.init")
         return sentence
-    path = find_checkpoint(config["run"])
-    if path:
+    path = Path(config["run"]["output"], "last.pt")
+    if path.exists():
         return f"{path}, resumed"
     if init == "scratch":
         return "scratch"
@@ -364,7 +364,7 @@ def print_start(config, machine, model, train, val, classes, origin):
     print(f"ARVideo {'fine-tuning' if probe == 'none' else probe + ' probe'}\n"
           f"  data       {len(train)} videos to train, {len(val)} to test, {len(classes)} classes; "
           f"{settings['sampling']} clips of {config['model']['frames']} frames{stride}, "
-          f"{size} x {size}, flip {'on' if settings['flip'] else 'off'}\n"
+          f"{size} x {size}, flip {settings['flip']}\n"
           f"  model      {million:.1f} M parameters to train\n"
           f"  start      {origin}")
 

@@ -14,6 +14,7 @@ Pretraining, serve both scripts.
 
 import contextlib
 import difflib
+import fcntl
 import json
 import math
 import os
@@ -56,15 +57,32 @@ POSITIVE = {"stride", "epochs", "batch", "clips_per_video", "lr", "picture_epoch
 BELOW_ONE = {"betas", "drop_path", "head_dropout", "label_smoothing"}
 
 
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, not a silent choice."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice",
+                                           problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_settings(path):
-    """The sections of a YAML file. UserError names the line of a mistake."""
+    """The sections of a YAML file, {section: {key: value}}. UserError names a mistake's line."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise UserError(f"{path}, line {line}: {error.problem}") from None
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise UserError(f"{path}: this is not a text file in UTF-8") from None
+    if not isinstance(settings, dict) or not all(isinstance(x, dict) for x in settings.values()):
+        raise UserError(f"{path}: expected sections of settings, as in {CONFIG.name}")
+    return settings
 
 
 def require_known(name, known, what):
@@ -120,12 +138,13 @@ def check_ranges(config):
 
 
 def fill_in_names(config, presets, stage, init_is_given):
-    """The defaults of run.output and finetune.init, which are named after the presets."""
+    """The defaults of run.output and finetune.init, named after the presets [(name, sections)]."""
     run = config["run"]
     finetune = config["finetune"]
+    names = [name for name, _ in presets]
     # `toy linear` starts from toy's pretraining: a preset of fine-tuning alone changes nothing
-    pretrained = [name for name, sections in presets.items() if set(sections) != {"finetune"}]
-    run["output"] = run["output"] or f"runs/{'-'.join(presets)}/{stage}"
+    pretrained = [name for name, sections in presets if set(sections) != {"finetune"}]
+    run["output"] = run["output"] or f"runs/{'-'.join(names)}/{stage}"
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
     finetune["init"] = finetune["init"] or f"runs/{'-'.join(pretrained)}/pretrain/last.pt"
@@ -142,15 +161,16 @@ def load_config(arguments, stage):
     config = read_settings(CONFIG)
     known_presets = config.pop("presets")
 
-    presets = {}
+    presets = []
     for word in [argument for argument in arguments if "=" not in argument] or ["toy"]:
         if word.endswith(".yaml"):
-            presets[Path(word).stem] = read_settings(word)
+            presets.append((Path(word).stem, read_settings(word)))
         else:
             require_known(word, known_presets, "preset")
-            presets[word] = known_presets[word]
-    for sections in presets.values():
+            presets.append((word, known_presets[word]))
+    for _, sections in presets:
         for section, values in sections.items():
+            require_known(section, config, "section")
             for key, value in values.items():
                 change(config, section, key, value)
 
@@ -260,9 +280,8 @@ class Machine:
 
     def sum(self, *values):
         """The sum of each value over all processes, as Python numbers."""
-        numbers = [torch.as_tensor(value, dtype=torch.float32, device=self.device)
-                   for value in values]
-        numbers = torch.stack(numbers)
+        numbers = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device)
+                               for value in values])
         if self.world_size > 1:
             dist.all_reduce(numbers)
         return numbers.tolist()
@@ -412,15 +431,18 @@ def load_checkpoint(path):
         raise UserError(f"{path}: this is not a readable checkpoint ({reason})") from None
 
 
-def find_checkpoint(run):
-    """The checkpoint from which a run resumes, or None. `run` is that section of the settings."""
-    path = Path(run["output"], "last.pt")
-    if not path.exists():
-        return None
-    if not run["resume"]:
-        raise UserError(f"{path.parent} holds a run: choose another run.output, or resume it "
-                        "with run.resume=true")
-    return path
+def lock_folder(output):
+    """Refuse a second run in the same folder. Returns the file whose lock this process holds.
+
+    The system releases the lock when the process ends, however it ends.
+    """
+    file = open(output / "lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{output}: another run is writing here; wait for its end, or choose "
+                        "another run.output") from None
+    return file
 
 
 class Log:
@@ -431,40 +453,34 @@ class Log:
 
     def __init__(self, config):
         self.config = config
+        self.output = Path(config["run"]["output"])
+        self.lock = lock_folder(self.output) if self.output.exists() else None
         self.file = None
         self.board = None
 
     def open(self, step):
-        output = Path(self.config["run"]["output"])
+        output = self.output
         output.mkdir(parents=True, exist_ok=True)
+        self.lock = self.lock or lock_folder(output)
         (output / "config.yaml").write_text(as_yaml(self.config))
         path = output / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         # Drop what a killed run wrote after its last checkpoint, and a line torn by a power cut
-        whole = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
-        kept = [line for line in whole if json.loads(line)["step"] < step]
-        temporary = path.with_name("log.jsonl.tmp")
-        temporary.write_text("".join(kept))
+        lines = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
+        lines = [line for line in lines if json.loads(line)["step"] < step]
+        temporary = output / "log.jsonl.tmp"
+        temporary.write_text("".join(lines))
         temporary.replace(path)
         self.file = open(path, "a", buffering=1)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(output, purge_step=step)
 
-    def write_step(self, bar, step, plan, loss, lr, norm, seconds, waited):
-        """Also shows it in the progress bar."""
-        clips_per_second = plan.batch * plan.repeats / seconds
-        data_share = waited / seconds
-        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {clips_per_second:.1f} clips/s, "
-                            f"{data_share:.0%} waiting for data")
-        norm = norm if math.isfinite(norm) else None            # JSON knows no infinity
-        epoch = (step - 1) // plan.steps_per_epoch + 1
-        self.write(step, epoch=epoch, loss=loss, lr=lr, norm=norm,
-                   clips_per_second=clips_per_second, data_share=data_share)
-
     def write(self, step, **values):
         if self.file is None:
             self.open(step)
+        # JSON knows neither infinity nor NaN
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if self.board and value is not None:
@@ -498,10 +514,12 @@ class Training:
         self.tried = 0              # videos tried, those drawn in place of others included
         self.unreadable = 0         # of these
         self.named = set()          # why videos were unreadable, as far as it was told
+        self.log = Log(config) if machine.is_first else None
+        self.saved_at = time.monotonic()
 
     def resume(self):
         """Load the last checkpoint, if there is one. UserError if it is of another run."""
-        if find_checkpoint(self.config["run"]):
+        if self.path.exists():
             checkpoint = load_checkpoint(self.path)
             self.require_same(checkpoint)
             self.model.load_state_dict(checkpoint["model"])
@@ -536,9 +554,11 @@ class Training:
                             "run.output")
 
     def print_plan(self):
+        if not self.machine.is_first:
+            return
         plan = self.plan
+        run = self.config["run"]
         settings = self.config[self.stage]
-        resumed = f", resumed from step {self.step}" if self.step else ""
         print(f"  batch      {plan.batch} = {self.machine.world_size} processes x "
               f"{plan.accumulation} accumulation steps x {plan.micro_batch} videos, "
               f"{plan.repeats} clips of each\n"
@@ -546,8 +566,8 @@ class Training:
               f"{plan.warmup_steps} of them warm-up, lr {plan.peak_lr:.3g} = {settings['lr']:.3g} "
               f"x {plan.batch} / 256, cosine to {plan.final_lr:.3g}\n"
               f"  device     {self.machine.device}, {self.machine.precision}, "
-              f"torch {torch.__version__}, {self.config['run']['workers']} workers a process\n"
-              f"  output     {self.path.parent}{resumed}")
+              f"torch {torch.__version__}, {run['workers']} workers a process\n"
+              f"  output     {run['output']}, from step {self.step} on")
 
     def require_finite(self, loss, norm, lr):
         """Stop if the loss or the gradient is no number; the last checkpoint stays good."""
@@ -576,7 +596,26 @@ class Training:
                 f"{self.unreadable} of {self.tried} videos tried were unreadable, more than "
                 f"data.max_unreadable={limit}; `python data.py check` lists them")
 
+    def log_step(self, bar, loss, lr, norm, seconds, waited):
+        """Log a step of so many seconds, of which it waited some for data."""
+        if self.log:
+            clips_per_second = self.plan.batch * self.plan.repeats / seconds
+            epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
+            self.log.write(self.step, epoch=epoch, loss=loss, lr=lr, norm=norm,
+                           clips_per_second=clips_per_second, data_share=waited / seconds)
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {clips_per_second:.1f} clips/s, "
+                                f"{waited / seconds:.0%} waiting for data")
+
+    def log_scores(self, scores):
+        """Log what a validation gave, or None."""
+        if self.log and scores:
+            self.log.write(self.step, **scores)
+
+    def save_is_due(self):
+        return time.monotonic() - self.saved_at > 60 * self.config["run"]["save_minutes"]
+
     def save(self):
+        self.saved_at = time.monotonic()
         if self.machine.is_first:
             save_checkpoint(self.path, dict(
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
@@ -598,9 +637,11 @@ def note_signals():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield received
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def wrap_model(model, compiled, machine):
@@ -650,22 +691,19 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **about):
     """Train `model` on `videos` as section `stage` of the settings says, from the last checkpoint.
 
-    loss_of(forward, batch, step, rows) is the loss of a micro-batch, a data.Batch whose
-    clips are these rows of the global batch. `forward` is the model, compiled and wrapped.
-    end_epoch(epoch, is_last) is called in every process; what it returns goes into the
-    log, and `about` into the checkpoints. Returns False if the run was finished before.
+    loss_of(forward, batch, step, rows) is the loss of a micro-batch, a data.Batch that holds
+    these rows of the global batch; `forward` is the model, compiled and wrapped.
+    end_epoch(epoch, is_last) runs in every process; what it returns goes into the log.
+    Checkpoints keep `about`. Returns False if the run was finished before.
     """
     training = Training(config, stage, machine, model, optimizer, len(videos), about)
     training.resume()
     plan = training.plan
     if training.step == plan.steps:
         return False
-    if machine.is_first:
-        training.print_plan()
+    training.print_plan()
     forward = wrap_model(model, config["run"]["compile"], machine)
     batches = read_batches(videos, training)
-    log = Log(config)
-    saved_at = time.monotonic()
     steps = tqdm(range(training.step, plan.steps), initial=training.step, total=plan.steps,
                  unit="step", disable=not machine.is_first)
     with note_signals() as signals:
@@ -687,27 +725,22 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             machine.scaler.update()
             optimizer.zero_grad()
             training.step = step + 1
-            training.count_unreadable(unreadable, int(failed))
 
             # Log
-            if machine.is_first:
-                seconds = time.perf_counter() - began
-                log.write_step(steps, training.step, plan, loss, lr, norm, seconds, waited)
+            training.count_unreadable(unreadable, int(failed))
+            training.log_step(steps, loss, lr, norm, time.perf_counter() - began, waited)
 
             # At an epoch's end: validate or draw
             scores = None
-            if training.step % plan.steps_per_epoch == 0:
+            epoch, step_of_epoch = divmod(training.step, plan.steps_per_epoch)
+            if step_of_epoch == 0:
                 model.eval()
-                epoch = training.step // plan.steps_per_epoch
                 scores = end_epoch(epoch, training.step == plan.steps)
-                if machine.is_first and scores:
-                    log.write(training.step, **scores)
+                training.log_scores(scores)
                 stopping, = machine.sum(len(signals))           # a validation takes its time
 
             # Save; stop if asked to
-            is_due = time.monotonic() - saved_at > 60 * config["run"]["save_minutes"]
-            if stopping or is_due or scores or training.step == plan.steps:
-                saved_at = time.monotonic()
+            if stopping or scores or training.step == plan.steps or training.save_is_due():
                 training.save()
             if stopping:
                 machine.gather(None)            # nobody leaves before the first has saved
@@ -745,24 +778,17 @@ def build_arvideo(config):
         raise UserError(str(error)) from None
 
 
-def first_clip(videos, i):
-    """The first clip of video i in epoch 0, [1, 3, T, size, size], or None if it is unreadable."""
-    clips = videos[0, i].clips
-    return None if clips is None else clips[:1]
-
-
 def print_start(config, model, videos):
     """What will happen."""
-    frames = config["model"]["frames"]
-    size = config["model"]["size"]
+    settings = config["model"]
     total = sum(p.numel() for p in model.parameters()) / 1e6
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     print(f"ARVideo pretraining\n"
-          f"  data       {videos} videos; clips of {frames} frames at stride "
-          f"{config['data']['stride']}, {size} x {size}, "
-          f"flip {'on' if config['pretrain']['flip'] else 'off'}\n"
-          f"  model      {total:.1f} M parameters, {encoder:.1f} M of them in the encoder; of "
-          f"{math.prod(model.grid)} tokens {len(model.encoder_mask)} enter the encoder and "
+          f"  data       {videos} videos; clips of {settings['frames']} frames at stride "
+          f"{config['data']['stride']}, {settings['size']} x {settings['size']}, "
+          f"flip {config['pretrain']['flip']}\n"
+          f"  model      {total:.1f} M parameters, {encoder:.1f} M of them in the encoder; "
+          f"{len(model.encoder_mask)} of {math.prod(model.grid)} tokens enter the encoder, "
           f"{len(model.decoder_mask)} are predicted; order {model.order}")
 
 

@@ -1,19 +1,27 @@
 """
-Speed and memory, as ratios measured in turns in one run; absolute times of steps only on a GPU.
+Speed and memory, as ratios between alternatives that are measured in turns in one run.
 
-    python tests/benchmark.py step [PRESET] [section.key=value ...]     a pretraining step beside VideoMAE's (Table 5)
-    python tests/benchmark.py memory [PRESET] [...]                     the same over batch sizes, until none fits
-    python tests/benchmark.py finetune [PRESET] [...]                   a fine-tuning step with and without fused attention
-    python tests/benchmark.py decode [VIDEO ...]                        clips a second on one core, beside other readers
-    python tests/benchmark.py loader [PRESET] [...]                     the DataLoader's clips a second, and what the step takes
+    python tests/benchmark.py step [PRESET] [section.key=value ...]
+        a pretraining step of ARVideo and of VideoMAE (Table 5)
+    python tests/benchmark.py memory [PRESET] [section.key=value ...]
+        memory of the same, over batch sizes, until none fits
+    python tests/benchmark.py finetune [PRESET] [section.key=value ...]
+        a fine-tuning step with and without fused attention
+    python tests/benchmark.py decode [VIDEO ...]
+        clips a second of our reader and of others, on one core
+    python tests/benchmark.py loader [PRESET] [section.key=value ...]
+        clips a second of data.load_batches, and of the step that takes them
 
-The preset is k400 (ViT-B, 16 x 224 x 224) by default. On CUDA the models run in bf16 and compiled, VideoMAE also as
-its authors ran it; on the CPU in fp32 and not compiled. --batch and --rounds set how much is measured.
+The preset is k400 (ViT-B, 16 x 224 x 224) by default. On CUDA the models run in bf16 and
+compiled, VideoMAE also as its authors ran it. On the CPU they run in fp32 and not
+compiled, and a step's absolute time is left out. --batch and --rounds set how much is
+measured. Needs Linux, whose /proc tells the memory.
 """
 
 import argparse
 import contextlib
 import datetime
+import math
 import multiprocessing
 import os
 import platform
@@ -22,11 +30,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,110 +42,112 @@ import av
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import arvideo
 import data
-from arvideo import ARVideo, Encoder, EncoderBlock, LayerNorm, initialise, position_table, take, video_to_cubes
+from arvideo import (
+    ARVideo, Encoder, EncoderBlock, LayerNorm, initialise, position_table, take, video_to_cubes)
+from data import UserError
 from train_finetune import Classifier, encoder_arguments
-from train_pretrain import adamw, load_config, mixed_precision
+from train_pretrain import Machine, load_config, make_optimizer
 
 
-# ---------------------------------------------------------------------------------------------------
-# VideoMAE, from the same blocks
+# --- Models to compare ------------------------------------------------------
 
 
 class VideoMAE(nn.Module):
-    """VideoMAE's pretraining model (Tong et al. 2022) on our encoder: a tube mask hides 90 % of the tokens, a decoder
-    of self-attention over all tokens, half as wide as the encoder, predicts the hidden cubes."""
+    """VideoMAE's pretraining model (Tong et al. 2022), from our blocks.
+
+    A tube mask hides 90 % of the tokens. A decoder of self-attention over all tokens,
+    half as wide as the encoder, predicts the hidden cubes. Without checkpointing.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.encoder = Encoder(**encoder_arguments(model))
-        self.grid, self.cube, width, heads = self.encoder.grid, self.encoder.cube, model["width"] // 2, model["heads"] // 2
+        self.grid = self.encoder.grid
+        self.cube = self.encoder.cube
+        width = model["width"] // 2
+        heads = model["heads"] // 2
+        table = position_table(self.grid, width, model["positions"])            # [N, d]
+        self.register_buffer("positions", table, persistent=False)
         self.encoder_to_decoder = nn.Linear(model["width"], width, bias=False)
         self.mask_token = nn.Parameter(torch.empty(width).normal_(std=0.02))
-        self.register_buffer("positions", position_table(self.grid, width, model["positions"]), persistent=False)
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads, model["mlp_ratio"]) for _ in range(4))
+        blocks = [EncoderBlock(width, heads, model["mlp_ratio"]) for _ in range(4)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = LayerNorm(width)
-        self.head = nn.Linear(width, 3 * self.cube[0] * self.cube[1] * self.cube[2])
+        self.head = nn.Linear(width, 3 * math.prod(self.cube))
         for part in (self.encoder_to_decoder, self.blocks, self.head):
             part.apply(initialise)
 
     def draw(self, batch):
-        """The visible and the hidden tokens [B, ...]: the same places in every time slice."""
-        t, places = self.grid[0], self.grid[1] * self.grid[2]
-        order = torch.rand(batch, 1, places, device=self.positions.device).argsort(2)
-        tokens = order + places * torch.arange(t, device=order.device)[:, None]                 # [B, t, places]
-        visible = places - int(0.9 * places)
+        """The visible and the hidden tokens [B, ...]: the same ones in every time slice."""
+        t, h, w = self.grid
+        noise = torch.rand(batch, 1, h * w, device=self.positions.device)
+        order = noise.argsort(2)
+        first_of_slice = h * w * torch.arange(t, device=order.device)
+        tokens = order + first_of_slice[:, None]                                # [B, t, h w]
+        visible = h * w - int(0.9 * h * w)
         return tokens[:, :, :visible].flatten(1), tokens[:, :, visible:].flatten(1)
 
     def forward(self, video, visible, hidden):
-        cubes = video_to_cubes(video, self.cube)                                                # [B, N, 3, P]
-        x = take(self.encoder.patch_embed(cubes) + self.encoder.positions, visible)             # embeds all cubes, as its code does
+        """The loss. The shapes are those of ViT-B."""
+        cubes = video_to_cubes(video, self.cube)                                # [B, 1568, 3, P]
+        # Embeds all cubes, as its code does
+        embedded = self.encoder.patch_embed(cubes) + self.encoder.positions     # [B, 1568, D]
+        x = take(embedded, visible)                                             # [B, 160, D]
         for block in self.encoder.blocks:
-            x = block(x)                                                                        # [B, 160, D]
-        memory = self.encoder_to_decoder(self.encoder.norm(x))                                  # [B, 160, d]
-        x = torch.cat([memory + self.positions[visible], self.mask_token + self.positions[hidden]], dim=1)
+            x = block(x)
+        memory = self.encoder_to_decoder(self.encoder.norm(x))                  # [B, 160, d]
+        memory = memory + self.positions[visible]
+        masked = self.mask_token + self.positions[hidden]                       # [B, 1408, d]
+        x = torch.cat([memory, masked], dim=1)                                  # [B, 1568, d]
         for block in self.blocks:
-            x = block(x)                                                                        # [B, 1568, d]
-        prediction = self.head(self.norm(x[:, visible.shape[1]:])).unflatten(2, (3, -1))        # [B, 1408, 3, P]
-        truth = take(cubes, hidden)
-        deviation, mean = torch.std_mean(truth, dim=-1, keepdim=True)
-        return F.mse_loss(prediction.float(), (truth - mean) / (deviation + 1e-6))
+            x = block(x)
+        x = self.head(self.norm(x[:, visible.shape[1]:]))                       # [B, 1408, 3 P]
+        prediction = x.unflatten(2, (3, -1))                                    # [B, 1408, 3, P]
+        target = take(cubes, hidden)                                            # [B, 1408, 3, P]
+        deviation, mean = torch.std_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (deviation + 1e-6)
+        return F.mse_loss(prediction.float(), target)
 
 
 class FineTuning(nn.Module):
-    """A classifier with its loss; what it draws are labels."""
+    """A classifier with its loss. What it draws are labels."""
 
     def __init__(self, model):
         super().__init__()
-        self.classifier = Classifier(400, 0.1, 0.0, **encoder_arguments(model))
+        encoder = encoder_arguments(model)
+        self.classifier = Classifier(400, drop_path=0.1, head_dropout=0.0, **encoder)
 
     def draw(self, batch):
-        return (torch.randint(400, (batch,), device=self.classifier.positions.device),)
+        device = self.classifier.positions.device
+        labels = torch.randint(400, (batch,), device=device)
+        return (labels,)
 
     def forward(self, video, labels):
         return F.cross_entropy(self.classifier(video).float(), labels)
-
-
-def materialised(q, k, v, heads, mask=None):
-    """arvideo.attend with the attention map written out, as VideoMAE's code has it."""
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Steps
-
-
-Contender = namedtuple("Contender", "name build fused precision compiled")     # fused: scaled_dot_product_attention
-
-
-def contenders(command, device):
-    """Who is compared. The first is what the ratios refer to."""
-    if command == "finetune":
-        dress = ("bf16", True) if device == "cuda" else ("fp32", False)
-        return [Contender("attention written out", FineTuning, False, *dress), Contender("fused attention", FineTuning, True, *dress)]
-    if device == "cuda":
-        return [Contender("VideoMAE, as its authors ran it", VideoMAE, False, "fp16", False),
-                Contender("VideoMAE, fused", VideoMAE, True, "bf16", True),
-                Contender("ARVideo", pretraining_model, True, "bf16", True)]
-    return [Contender("VideoMAE, as its authors ran it", VideoMAE, False, "fp32", False),
-            Contender("VideoMAE, fused", VideoMAE, True, "fp32", False),
-            Contender("ARVideo", pretraining_model, True, "fp32", False)]
 
 
 def pretraining_model(model):
     return ARVideo(**model)
 
 
+def materialised(q, k, v, heads, mask=None):
+    """arvideo.attend with the attention map written out, as VideoMAE's code has it."""
+    q = q.unflatten(2, (heads, -1)).transpose(1, 2)             # [B, heads, n, w/heads]
+    k = k.unflatten(2, (heads, -1)).transpose(1, 2)
+    v = v.unflatten(2, (heads, -1)).transpose(1, 2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)      # [B, heads, n, m]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
 @contextlib.contextmanager
 def attention(fused):
+    """Inside, attention is scaled_dot_product_attention, or else written out."""
     usual = arvideo.attend
     arvideo.attend = usual if fused else materialised
     try:
@@ -146,30 +156,58 @@ def attention(fused):
         arvideo.attend = usual
 
 
+class Contender(NamedTuple):
+    """A model, built from section `model` of the settings, and how it runs."""
+    name: str
+    build: Callable
+    fused: bool
+    precision: str
+    compiled: bool
+
+
+def contenders(command, device):
+    """Who is compared. The first is what the ratios refer to."""
+    on_gpu = device == "cuda"
+    fast = dict(precision="bf16" if on_gpu else "fp32", compiled=on_gpu)
+    if command == "finetune":
+        return [Contender("attention written out", FineTuning, fused=False, **fast),
+                Contender("fused attention", FineTuning, fused=True, **fast)]
+    as_published = dict(precision="fp16" if on_gpu else "fp32", compiled=False)
+    return [Contender("VideoMAE, as its authors ran it", VideoMAE, fused=False, **as_published),
+            Contender("VideoMAE, fused", VideoMAE, fused=True, **fast),
+            Contender("ARVideo", pretraining_model, fused=True, **fast)]
+
+
+# --- Measurements of a step -------------------------------------------------
+
+
 def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def stepper(contender, config, batch, device):
-    """A function that makes one training step, the optimizer's included, and returns its seconds."""
+def make_step(contender, config, batch, device):
+    """A function that makes a training step, the optimizer's included, and returns its seconds."""
     torch.manual_seed(0)
-    size, frames = config["model"]["size"], config["model"]["frames"]
-    model = contender.build(config["model"]).to(device)
+    machine = Machine({"device": device, "precision": contender.precision})
+    model = contender.build(config["model"]).to(machine.device)
     forward = torch.compile(model) if contender.compiled else model
-    optimizer = adamw(model, config["pretrain"], device)
-    autocast, scaler = mixed_precision(contender.precision, device)
-    clips = torch.randint(256, (batch, 3, frames, size, size), dtype=torch.uint8, device=device)
+    optimizer = make_optimizer(model, config["pretrain"], machine.device)
+    frames = config["model"]["frames"]
+    size = config["model"]["size"]
+    clips = torch.randint(256, (batch, 3, frames, size, size), dtype=torch.uint8)
+    clips = clips.to(machine.device)
 
     def step():
         synchronise(device)
         began = time.perf_counter()
-        with attention(contender.fused), autocast():
-            loss = forward(data.normalise(clips, device), *model.draw(batch))
-        with attention(contender.fused):                # for activation checkpointing, which goes forward again
-            scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        # The backward pass is inside, since with checkpointing it goes forward again
+        with attention(contender.fused):
+            with machine.autocast():
+                loss = forward(data.normalise(clips, machine.device), *model.draw(batch))
+            machine.scaler.scale(loss).backward()
+        machine.scaler.step(optimizer)
+        machine.scaler.update()
         optimizer.zero_grad()
         synchronise(device)
         return time.perf_counter() - began
@@ -177,21 +215,57 @@ def stepper(contender, config, batch, device):
 
 
 def forward_flops(contender, config):
-    """FLOPs of one video's forward pass, two for each multiply-add, counted on tensors without content."""
-    size, frames = config["model"]["size"], config["model"]["frames"]
-    with torch.device("meta"), attention(False), FlopCounterMode(display=False) as counter:
+    """FLOPs of one video's forward pass, two for each multiply-add.
+
+    They are counted on tensors without content.
+    """
+    frames = config["model"]["frames"]
+    size = config["model"]["size"]
+    with torch.device("meta"), attention(fused=False):
         model = contender.build(config["model"])
-        model(torch.empty(1, 3, frames, size, size), *model.draw(1))
+        video = torch.empty(1, 3, frames, size, size)
+        with FlopCounterMode(display=False) as counter:
+            model(video, *model.draw(1))
     return counter.get_total_flops()
 
 
-def peak_memory(command, name, config, batch, device):
-    """Bytes at the peak of two steps, run alone in this process: the allocator's on CUDA; else what the process grows
-    by. None if they do not fit."""
-    contender, before = next(c for c in contenders(command, device) if c.name == name), most_resident()
+def token_counts(contender, config):
+    """Queries and keys of encoder and decoder, as in the paper's Table 5."""
+    with torch.device("meta"):
+        model = contender.build(config["model"])
+    if isinstance(model, VideoMAE):
+        visible, hidden = model.draw(1)
+        S = visible.shape[1]
+        N = S + hidden.shape[1]
+        counts = [S, S, N, N]
+    else:
+        counts = [*model.encoder_mask.shape, *model.decoder_mask.shape]
+    return dict(zip(("encoder Q", "K/V", "decoder Q", "decoder K/V"), counts))
+
+
+def kernel_bytes(file, key):
+    """A value that a file in /proc has in kB."""
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+
+
+def most_resident():
+    """The most memory that this process has had."""
+    # From getrusage it would be inherited from the process that started this one
+    return kernel_bytes("/proc/self/status", "VmHWM")
+
+
+def peak_memory(contender, config, batch, device):
+    """Bytes at the peak of two steps, or None if they do not fit.
+
+    The allocator's on CUDA; else what the process grows by, which must be a new one.
+    """
+    before = most_resident()
     try:
-        step = stepper(contender, config, batch, torch.device(device))
-        step(), step()
+        step = make_step(contender, config, batch, device)
+        step()
+        step()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
             return None
@@ -199,24 +273,21 @@ def peak_memory(command, name, config, batch, device):
     return torch.cuda.max_memory_allocated() if device == "cuda" else most_resident() - before
 
 
-def most_resident():
-    """Bytes; not from getrusage, whose maximum a process inherits from the one that started it."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-
-
-def alone(function, *arguments):
-    """function(*arguments) in a process of its own, or None if the system ends that process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+def peak_memory_alone(*arguments):
+    """peak_memory in a process of its own; also None if the system ends that process."""
+    start_anew = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=start_anew) as pool:
         try:
-            return pool.submit(function, *arguments).result()
+            return pool.submit(peak_memory, *arguments).result()
         except BrokenProcessPool:
             return None
 
 
 def matrix_rate(precision, device):
     """FLOPs a second of a large matrix product, the best of ten."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    n = 8192 if device == "cuda" else 2048
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a = torch.randn(n, n, device=device, dtype=dtype)
     seconds = []
     for _ in range(10):
         synchronise(device)
@@ -227,81 +298,121 @@ def matrix_rate(precision, device):
     return 2 * n ** 3 / min(seconds)
 
 
-def tokens(contender, config):
-    """Encoder's and decoder's queries and keys, as in Table 5."""
-    if contender.build is VideoMAE:
-        model = VideoMAE(config["model"])
-        visible, hidden = (index.shape[1] for index in model.draw(1))
-        return [visible, visible, visible + hidden, visible + hidden]
-    model = ARVideo(**config["model"])
-    S, Q = len(model.encoder_mask), len(model.decoder_mask)
-    return [S, S, Q, S]
+# --- Commands: step, finetune and memory ------------------------------------
+
+
+def batch_size(options, device):
+    return options.batch or (64 if device == "cuda" else 2)
+
+
+def in_gib(memory):
+    return f"{memory / 2**30:.2f}"
 
 
 def benchmark_step(options, config, device):
-    group, batch = contenders(options.command, device.type), options.batch or (64 if device.type == "cuda" else 2)
-    memory = [alone(peak_memory, options.command, contender.name, config, batch, device.type) for contender in group]
-    steps = [stepper(contender, config, batch, device) for contender in group]
-    for step in steps:
-        step(), step()                                  # warm up and compile
-    seconds = list(zip(*([step() for step in steps] for _ in range(options.rounds))))           # in turns
-    rates = {precision: matrix_rate(precision, device) for precision in {contender.precision for contender in group}}
-    first = statistics.median(seconds[0])
+    """`step` and `finetune`: a row for each contender, who take their steps in turns."""
+    group = contenders(options.command, device)
+    batch = batch_size(options, device)
+    peaks = [peak_memory_alone(contender, config, batch, device) for contender in group]
+    steps = [make_step(contender, config, batch, device) for contender in group]
+    for step in steps:                                  # warm up and compile
+        step()
+        step()
+    seconds = [[] for _ in group]
+    for _ in range(options.rounds):
+        for times, step in zip(seconds, steps):
+            times.append(step())
+    precisions = {contender.precision for contender in group}
+    rates = {precision: matrix_rate(precision, device) for precision in precisions}
+
     rows = []
-    for contender, times, peak in zip(group, seconds, memory):
-        median, flops = statistics.median(times), forward_flops(contender, config)
-        counts = dict(zip(("encoder Q", "K/V", "decoder Q", "decoder K/V"), tokens(contender, config))) if options.command == "step" else {}
-        rows.append({
-            "": contender.name, "precision": contender.precision + (", compiled" if contender.compiled else ""), **counts,
-            "forward GFLOPs": f"{flops / 1e9:.3g}",
-            **(dict(zip(("s a step", "clips/s"), (f"{median:.3f}", f"{batch / median:.1f}"))) if device.type == "cuda" else {}),
-            "fastest to slowest": f"{min(times) / median:.2f}-{max(times) / median:.2f}",
-            "of the matrix rate": f"{3 * flops * batch / median / rates[contender.precision]:.0%}",     # backward: twice forward
-            "peak GiB": f"{peak / 2**30:.2f}" if peak else "does not fit",
-            "speed, ratio": f"{first / median:.2f}", "memory, ratio": f"{memory[0] / peak:.2f}" if peak and memory[0] else "-"})
+    medians = [statistics.median(times) for times in seconds]
+    for contender, times, median, peak in zip(group, seconds, medians, peaks):
+        flops = forward_flops(contender, config)
+        # A backward pass costs twice a forward pass
+        rate = 3 * flops * batch / median
+        row = {"": contender.name}
+        row["precision"] = contender.precision + (", compiled" if contender.compiled else "")
+        if options.command == "step":
+            row.update(token_counts(contender, config))
+        row["forward GFLOPs"] = f"{flops / 1e9:.3g}"
+        if device == "cuda":
+            row["s a step"] = f"{median:.3f}"
+            row["clips/s"] = f"{batch / median:.1f}"
+        row["fastest to slowest"] = f"{min(times) / median:.2f}-{max(times) / median:.2f}"
+        row["of the matrix rate"] = f"{rate / rates[contender.precision]:.0%}"
+        row["peak GiB"] = in_gib(peak) if peak else "does not fit"
+        row["speed, ratio"] = f"{medians[0] / median:.2f}"
+        row["memory, ratio"] = f"{peaks[0] / peak:.2f}" if peak and peaks[0] else "-"
+        rows.append(row)
     return f"batch {batch}, {options.rounds} rounds in turns", rows
 
 
 def benchmark_memory(options, config, device):
-    """Doubles the batch until nothing fits; on the CPU also before the next size would not."""
-    group, rows, batch = contenders("step", device.type), [], 1
-    while group:
+    """Doubles the batch until nothing fits, or beyond --batch.
+
+    On the CPU a contender also leaves before the next size would not fit.
+    """
+    group = contenders("step", device)
+    remaining = list(group)
+    rows = []
+    batch = 1
+    while remaining:
         row = {"batch": batch}
-        room = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
-        for contender in contenders("step", device.type):
+        room = kernel_bytes("/proc/meminfo", "MemAvailable")
+        for contender in group:
             row[contender.name] = "not tried"
-            if contender in group:
-                peak = alone(peak_memory, "step", contender.name, config, batch, device.type)
-                row[contender.name] = f"{peak / 2**30:.2f} GiB" if peak else "does not fit"
-                if peak is None or device.type == "cpu" and 2 * peak > room or 0 < options.batch < 2 * batch:
-                    group.remove(contender)
+            if contender not in remaining:
+                continue
+            peak = peak_memory_alone(contender, config, batch, device)
+            row[contender.name] = f"{in_gib(peak)} GiB" if peak else "does not fit"
+            is_near_the_end = peak and device == "cpu" and 2 * peak > room
+            is_largest = 0 < options.batch < 2 * batch
+            if peak is None or is_near_the_end or is_largest:
+                remaining.remove(contender)
         rows.append(row)
         batch *= 2
     return "peak memory of two training steps", rows
 
 
-# ---------------------------------------------------------------------------------------------------
-# Decoding
+# --- Command: decode --------------------------------------------------------
+
+
+def moving_pictures(frames, height, width, rate):
+    """Frames uint8 [H, W, 3]: a camera drifts and turns over a texture, with a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    texture = 0
+    for n in (8, 16, 32, 64, 128, 256):
+        octave = torch.randn(1, 3, n, n, generator=generator)
+        octave = F.interpolate(octave, size=(768, 768), mode="bicubic")
+        texture = texture + octave * 8 / n ** 0.5
+    texture = (texture / texture.std() * 0.2 + 0.5).clamp(0, 1)
+    for i in range(frames):
+        seconds = i / rate
+        angle = 0.1 * math.sin(seconds)
+        zoom = 0.5 + 0.05 * math.cos(0.7 * seconds)
+        cosine = zoom * math.cos(angle)
+        sine = zoom * math.sin(angle)
+        x = 0.2 * math.sin(0.5 * seconds)
+        y = 0.2 * math.cos(0.3 * seconds)
+        matrix = torch.tensor([[[cosine, -sine, x], [sine, cosine, y]]])
+        grid = F.affine_grid(matrix, (1, 3, height, width), align_corners=False)
+        picture = F.grid_sample(texture, grid, align_corners=False)
+        picture = picture + 0.01 * torch.randn(picture.shape, generator=generator)
+        picture = picture.clamp(0, 1)[0].permute(1, 2, 0)
+        yield (picture * 255).byte().contiguous()
 
 
 def synthetic_video(path, frames, height, width, rate, key_frames):
-    """H.264 as x264's defaults make it: a camera that drifts and turns over a texture, with a little noise and a sound track."""
-    generator = torch.Generator().manual_seed(0)
-    texture = sum(F.interpolate(torch.randn(1, 3, n, n, generator=generator), size=(768, 768), mode="bicubic") * 8 / n ** 0.5
-                  for n in (8, 16, 32, 64, 128, 256))
-    texture = (texture / texture.std() * 0.2 + 0.5).clamp(0, 1)
+    """H.264 as x264's defaults make it, with a sound track."""
+    options = {"g": str(key_frames), "crf": "23"}
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=rate, options={"g": str(key_frames), "crf": "23"})
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video = container.add_stream(
+            "libx264", rate=rate, width=width, height=height, options=options)
+        video.pix_fmt = "yuv420p"
         sound = container.add_stream("aac", rate=44100)
-        for i in range(frames):
-            time_ = torch.tensor(i / rate)
-            angle, zoom = 0.1 * time_.sin(), 0.5 + 0.05 * (0.7 * time_).cos()
-            turn = torch.stack([torch.stack([angle.cos() * zoom, -angle.sin() * zoom, 0.2 * (0.5 * time_).sin()]),
-                                torch.stack([angle.sin() * zoom, angle.cos() * zoom, 0.2 * (0.3 * time_).cos()])])
-            picture = F.grid_sample(texture, F.affine_grid(turn[None], (1, 3, height, width), align_corners=False), align_corners=False)
-            picture = (picture + 0.01 * torch.randn(picture.shape, generator=generator)).clamp(0, 1)[0].permute(1, 2, 0)
-            frame = av.VideoFrame.from_ndarray((picture * 255).byte().contiguous().numpy(), format="rgb24")
+        for pixels in moving_pictures(frames, height, width, rate):
+            frame = av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
             container.mux(video.encode(frame))
         for _ in range(int(frames / rate * 44100 / 1024)):
             silence = av.AudioFrame(format="fltp", layout="stereo", samples=1024)
@@ -313,157 +424,232 @@ def synthetic_video(path, frames, height, width, rate, key_frames):
         container.mux(sound.encode())
 
 
-def read_ours(path, indices):
+# A reader takes a path and frame numbers, and returns the seconds that it needed
+
+
+def read_ours(path, numbers):
     began = time.perf_counter()
-    data.read_clips(path, lambda count: [indices])
+    data.read_clips(path, lambda count: [numbers])
     return time.perf_counter() - began
 
 
-def read_everything(path, indices):
+def read_everything(path, numbers):
     """Decodes and converts all frames."""
     began = time.perf_counter()
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    torch.stack([torch.from_numpy(frames[i]) for i in indices])
+    torch.stack([torch.from_numpy(frames[number]) for number in numbers])
     return time.perf_counter() - began
 
 
-def decode_packets(path, indices):
-    """libavcodec's own time for the packets that our reader feeds it: nothing opened, demuxed or converted. Not a
-    number where our reader must decode from the start and count."""
+def decode_packets(path, numbers):
+    """libavcodec's own time for the packets that our reader feeds it.
+
+    Nothing is opened, demuxed or converted. Not a number where our reader must decode
+    from the start and count.
+    """
     with data.open_video(path) as (container, stream):
         packets = data.read_packets(container, stream)
         if not data.timestamps_are_an_index(container, stream, packets):
-            return float("nan")
+            return math.nan
         shown = sorted(packet.pts for packet in packets if not packet.is_discard)
-        wanted, convert = {shown[i] for i in indices}, data.convert
-        data.convert = lambda frame: None
-        try:
-            began = time.perf_counter()
-            data.decode_indexed(stream.codec_context, packets, wanted)
-            return time.perf_counter() - began
-        finally:
-            data.convert = convert
+        wanted = {shown[number] for number in numbers}
+        began = time.perf_counter()
+        data.decode_indexed(stream.codec_context, packets, wanted, convert=lambda frame: None)
+        return time.perf_counter() - began
 
 
-def read_decord(path, indices):
+def read_decord(path, numbers):
     import decord
     began = time.perf_counter()
-    decord.VideoReader(str(path), num_threads=1).get_batch(indices).asnumpy()
+    decord.VideoReader(str(path), num_threads=1).get_batch(numbers).asnumpy()
     return time.perf_counter() - began
 
 
-def read_torchcodec(path, indices):
+def read_torchcodec(path, numbers):
     from torchcodec.decoders import VideoDecoder
     began = time.perf_counter()
-    VideoDecoder(str(path), num_ffmpeg_threads=1, dimension_order="NHWC").get_frames_at(indices)
+    decoder = VideoDecoder(str(path), num_ffmpeg_threads=1, dimension_order="NHWC")
+    decoder.get_frames_at(numbers)
     return time.perf_counter() - began
+
+
+def usable_readers(path):
+    """{name: reader}, without those that cannot read this file here."""
+    readers = {
+        "ours": read_ours, "all frames": read_everything, "libavcodec alone": decode_packets}
+    for name, read in (("decord", read_decord), ("torchcodec", read_torchcodec)):
+        try:
+            read(path, [0])
+            readers[name] = read
+        except (ImportError, RuntimeError, OSError) as error:
+            print(f"{name}: not measured ({str(error).strip().splitlines()[0]})")
+    return readers
+
+
+def synthetic_videos(folder):
+    """[(name, path, stride), ...] of files that resemble those of two data sets."""
+    k400 = dict(frames=250, height=256, width=454, rate=25)
+    ssv2 = dict(frames=48, height=240, width=426, rate=12)
+    videos = []
+    for name, like, stride in (("K400", k400, 4), ("SSv2", ssv2, 2)):
+        for key_frames in (250, 32):
+            path = folder / f"{name}-{key_frames}.mp4"
+            synthetic_video(path, key_frames=key_frames, **like)
+            videos.append((f"{name}-like, key frames {key_frames} apart", path, stride))
+    return videos
 
 
 def count_frames(path):
     with data.open_video(path) as (container, stream):
-        return sum(not packet.is_discard for packet in data.read_packets(container, stream))
+        packets = data.read_packets(container, stream)
+        return sum(not packet.is_discard for packet in packets)
+
+
+def mean_seconds(runs, count, stride, rounds):
+    """{name: mean seconds} of runs {name: run(numbers)} on random clips of `count` frames."""
+    seconds = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        numbers, = data.clamp(data.dense_clips(count, 16, stride), count)
+        for name, run in runs.items():
+            took = run(numbers)
+            if i > 0:                                   # the first round warms up
+                seconds[name].append(took)
+    # Means over the same clips, since where a clip lies decides what it costs
+    return {name: statistics.mean(times) for name, times in seconds.items()}
 
 
 def benchmark_decode(options, config, device):
-    """Every reader in turn on the same random clips. `shrunk` is our reader on what `data.py shrink` made of the file."""
+    """Every reader in turn on the same random clips.
+
+    `shrunk` is our reader on what `data.py shrink` makes of the file.
+    """
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    readers = {"ours": read_ours, "all frames": read_everything, "libavcodec alone": decode_packets}
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        folder, jobs = Path(folder), []                 # (name, file, stride)
-        if not options.videos:
-            for name, frames, size, rate, keys, stride in (
-                    ("K400-like, key frames 250 apart", 250, (256, 454), 25, 250, 4), ("K400-like, 32 apart", 250, (256, 454), 25, 32, 4),
-                    ("SSv2-like, key frames 250 apart", 48, (240, 426), 12, 250, 2), ("SSv2-like, 32 apart", 48, (240, 426), 12, 32, 2)):
-                path = folder / f"{len(jobs)}.mp4"
-                synthetic_video(path, frames, *size, rate, keys)
-                jobs.append((name, path, stride))
-        for video in options.videos:
-            jobs.append((Path(video).name, Path(video), config["data"]["stride"]))
-        for name, read in (("decord", read_decord), ("torchcodec", read_torchcodec)):
-            try:
-                read(jobs[0][1], [0])
-                readers[name] = read
-            except (ImportError, RuntimeError, OSError) as error:
-                print(f"{name}: not measured ({str(error).strip().splitlines()[0]})")
-        rows = []
-        for name, path, stride in jobs:
+        folder = Path(folder)
+        stride = config["data"]["stride"]
+        videos = [(Path(video).name, Path(video), stride) for video in options.videos]
+        videos = videos or synthetic_videos(folder)
+        readers = usable_readers(videos[0][1])
+        for name, path, stride in videos:
             shrunk = folder / f"shrunk-{path.stem}.mp4"
-            if reason := data.shrink_video((path, shrunk), 320, 32):
-                raise SystemExit(reason)
-            runs = {**{who: partial(read, path) for who, read in readers.items()}, "shrunk": partial(read_ours, shrunk)}
-            seconds, count = {who: [] for who in runs}, count_frames(path)
-            for i in range(options.rounds + 1):
-                indices = data.dense_clips(count, 16, stride)[0]
-                indices = [min(index, count - 1) for index in indices]
-                for who, run in runs.items():
-                    took = run(indices)
-                    if i:                               # the first round warms up
-                        seconds[who].append(took)
-            # A clip's cost depends on its place in the video: means over the same clips
-            means = {who: statistics.mean(times) for who, times in seconds.items()}
-            rows.append({"clips/s": name, **{who: f"{1 / mean:.1f}" for who, mean in means.items()}})
-            rows.append({"clips/s": "ours / this one", **{who: f"{mean / means['ours']:.2f}" for who, mean in means.items()}})
+            reason = data.shrink_video((path, shrunk), short_side=320, key_frames=32)
+            if reason:
+                raise UserError(reason)
+            runs = {reader: partial(read, path) for reader, read in readers.items()}
+            runs["shrunk"] = partial(read_ours, shrunk)
+            means = mean_seconds(runs, count_frames(path), stride, options.rounds)
+            rate = {"clips/s": name}
+            ratio = {"clips/s": "ours / this one"}
+            for reader, mean in means.items():
+                rate[reader] = f"{1 / mean:.1f}"
+                ratio[reader] = f"{mean / means['ours']:.2f}"
+            rows += [rate, ratio]
     return f"16 frames a clip, one core, {options.rounds} rounds in turns", rows
 
 
+# --- Command: loader --------------------------------------------------------
+
+
+def loader_rate(videos, workers, rounds):
+    """Clips a second from data.load_batches, over ten micro-batches of 4 a round."""
+    warm_up = 4                                         # micro-batches: the workers start
+    order = data.training_order(len(videos), batch=4, first_step=0, steps=warm_up + 10 * rounds,
+                                seed=0, rank=0, world_size=1)
+    batches = data.load_batches(videos, 4, order, workers, data.collate)
+    for _ in range(warm_up):
+        next(batches)
+    began = time.perf_counter()
+    clips = 0
+    for batch in batches:
+        clips += len(batch.clips)
+    return clips / (time.perf_counter() - began)
+
+
 def benchmark_loader(options, config, device):
-    """The pretraining loader on K400-like files, and what an ARVideo step on this device takes."""
-    size, frames, batch = config["model"]["size"], config["model"]["frames"], options.batch or (64 if device.type == "cuda" else 2)
-    step = stepper(contenders("step", device.type)[-1], config, batch, device)
-    step()
+    """The pretraining loader on K400-like files, beside the clips that ARVideo's step takes."""
+    frames = config["model"]["frames"]
+    size = config["model"]["size"]
+    batch = batch_size(options, device)
+    step = make_step(contenders("step", device)[-1], config, batch, device)
+    step()                                              # warm up and compile
     consumed = batch / statistics.median(step() for _ in range(options.rounds))
+    choose = partial(data.dense_clips, frames=frames, stride=config["data"]["stride"])
+    augment = partial(data.pretraining_clip, size=size, flip=False)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        original, shrunk = Path(folder, "original.mp4"), Path(folder, "shrunk.mp4")
-        synthetic_video(original, 250, 256, 454, 25, 250)
-        data.shrink_video((original, shrunk), 320, 32)
+        original = Path(folder, "original.mp4")
+        shrunk = Path(folder, "shrunk.mp4")
+        synthetic_video(original, 250, 256, 454, rate=25, key_frames=250)
+        data.shrink_video((original, shrunk), short_side=320, key_frames=32)
         for path in (original, shrunk):
-            choose = partial(data.dense_clips, frames=frames, stride=config["data"]["stride"])
-            videos = data.Videos([(str(path), 0)] * 1000, choose, partial(data.pretraining_clip, size=size, flip=False), 0)
+            videos = data.Videos([data.Entry(str(path), 0)] * 1000, choose, augment, seed=0)
             for workers in (1, 2):
-                loader = DataLoader(videos, 4, sampler=data.training_order(1000, 4, 0, 44, 0, 0, 1), num_workers=workers, collate_fn=data.collate)
-                batches = iter(loader)
-                for _ in range(4):                      # the workers have started
-                    next(batches)
-                began = time.perf_counter()
-                clips = sum(len(clips) for clips, _, _ in batches)
-                rate = clips / (time.perf_counter() - began)
-                rows.append({"files": path.stem, "workers": workers, "clips/s": f"{rate:.1f}", "clips/s of the step": f"{consumed:.2f}",
-                             "ratio": f"{rate / consumed:.1f}"})
+                rate = loader_rate(videos, workers, options.rounds)
+                rows.append({
+                    "files": path.stem, "workers": workers, "clips/s": f"{rate:.1f}",
+                    "clips/s of the step": f"{consumed:.2f}", "ratio": f"{rate / consumed:.1f}"})
     return f"K400-like files, step of batch {batch} on {device}", rows
 
 
-# ---------------------------------------------------------------------------------------------------
+# --- Command line -----------------------------------------------------------
+
+COMMANDS = {
+    "step": benchmark_step,
+    "memory": benchmark_memory,
+    "finetune": benchmark_step,
+    "decode": benchmark_decode,
+    "loader": benchmark_loader,
+}
 
 
-def machine(device):
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    return f"{len(os.sched_getaffinity(0))} cores of {name}, {gpu}, torch {torch.__version__}, PyAV {av.__version__}"
+def describe_machine(device):
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":")[1].strip()
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    return (f"{len(os.sched_getaffinity(0))} cores of {cpu}, {gpu}, torch {torch.__version__}, "
+            f"PyAV {av.__version__}")
+
+
+def print_table(rows):
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("step", "memory", "finetune", "decode", "loader"))
-    parser.add_argument("arguments", nargs="*", help="PRESET and section.key=value, or videos for decode")
-    parser.add_argument("--batch", type=int, default=0, help="videos a step (default: 64 on CUDA, 2 on the CPU); for memory the largest")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds (default: 20 for decode, 10 on CUDA, else 3)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("words", nargs="*",
+                        help="PRESET and section.key=value; for decode, videos")
+    parser.add_argument("--batch", type=int, default=0, help="videos a step (default: 64 on CUDA, "
+                        "2 on the CPU); for memory the largest (default: no limit)")
+    parser.add_argument("--rounds", type=int, default=0,
+                        help="rounds (default: 20 for decode, 10 on CUDA, else 3)")
     options = parser.parse_args()
-    options.videos = options.arguments if options.command == "decode" else []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options.rounds = options.rounds or (20 if options.command == "decode" else 10 if device.type == "cuda" else 3)
-    config = load_config((not options.videos and options.arguments) or ["k400"], "pretrain")
-    print(f"$ python {shlex.join(sys.argv)}\n{machine(device)}, {datetime.date.today()}")
-    run = dict(memory=benchmark_memory, decode=benchmark_decode, loader=benchmark_loader).get(options.command, benchmark_step)
-    what, rows = run(options, config, device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    is_decode = options.command == "decode"
+    options.videos = options.words if is_decode else []
+    options.rounds = options.rounds or (20 if is_decode else 10 if device == "cuda" else 3)
+    settings = [] if is_decode else options.words
+    if all("=" in word for word in settings):           # no preset
+        settings = ["k400", *settings]
+    try:
+        config = load_config(settings, "pretrain")
+        print(f"$ python {shlex.join(sys.argv)}")
+        print(f"{describe_machine(device)}, {datetime.date.today()}", flush=True)
+        what, rows = COMMANDS[options.command](options, config, device)
+    except (UserError, data.UnreadableVideo) as error:
+        sys.exit(str(error))
     print(f"{what}\n")
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(str(cell) for cell in row.values()) + " |")
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""The paper's facts and the equivalences that its method rests on."""
+"""The numbers that the paper states, and the equivalences that its method rests on.
 
-import itertools
+A cluster's place is its position in the prediction order, counted from 1. So `order[:, i]`
+is the cluster at place i + 1.
+"""
+
+import math
+from itertools import product
 
 import pytest
 import torch
@@ -9,11 +14,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import arvideo
-from arvideo import ARVideo, cubes_to_video, take, video_to_cubes
+from arvideo import ARVideo, Encoder, cubes_to_video, take, video_to_cubes
+from train_finetune import Classifier, Probe
 
-# 2 x 4 x 4 tokens in 8 clusters of 4, of which 2 are visible
-SMALL = dict(frames=4, size=16, cube=(2, 4, 4), cluster=(1, 2, 2), mask_ratio=0.5, width=32, depth=2, heads=4,
-             decoder_width=24, decoder_depth=2, decoder_heads=2)
+# A model of 2 x 4 x 4 tokens in 8 clusters of 4, of which 2 are visible
+SMALL_ENCODER = dict(frames=4, size=16, cube=(2, 4, 4), width=32, depth=2, heads=4)
+SMALL = dict(
+    **SMALL_ENCODER, cluster=(1, 2, 2), mask_ratio=0.5,
+    decoder_width=24, decoder_depth=2, decoder_heads=2)
+TOKENS = 32
+CLUSTERS = 8
+CLUSTER_SIZE = 4
 
 
 def small_model(**changes):
@@ -21,209 +32,329 @@ def small_model(**changes):
     return ARVideo(**{**SMALL, **changes}).eval()
 
 
+def small_video(videos=2):
+    return torch.randn(videos, 3, 4, 16, 16)
+
+
 @pytest.fixture(scope="module")
 def paper():
+    """The default model, without memory for its weights."""
     with torch.device("meta"):
         return ARVideo()
 
 
-# Section 3.3 and Table 5
+# --- The paper's counts (section 3.3 and Table 5) ---------------------------
 
 
 def test_counts_of_the_paper(paper):
-    assert paper.grid == (8, 14, 14) and len(paper.encoder.positions) == 1568
+    assert paper.grid == (8, 14, 14)
+    assert len(paper.encoder.positions) == 1568
     assert paper.clusters.shape == (16, 98)
     assert paper.encoder_mask.shape == (300, 300)
     assert paper.decoder_mask.shape == (1470, 300)
     with torch.device("meta"):
-        assert ARVideo(predict_after=2).decoder_mask.shape == (1372, 300)
+        later = ARVideo(predict_after=2)
+    assert later.decoder_mask.shape == (1372, 300)
 
 
 def test_visible_tokens_are_a_random_fifth_of_every_cluster():
     clusters = arvideo.cluster_tokens((8, 14, 14), (2, 7, 7))
-    visible = arvideo.visible_tokens(clusters, arvideo.visible_count(98, 0.8), 3)
+    count = arvideo.count_visible(98, 0.8)
+    visible = arvideo.visible_tokens(clusters, count, 3)
     assert visible.shape == (3, 16, 20)
-    for b, c in itertools.product(range(3), range(16)):
+    choices = set()
+    for b, c in product(range(3), range(16)):
+        tokens = clusters[c].tolist()
         drawn = set(visible[b, c].tolist())
-        assert len(drawn) == 20 and drawn <= set(clusters[c].tolist())
-    assert not torch.equal(visible[0].sort(1).values, visible[1].sort(1).values)
-    positions = (visible[0].unsqueeze(-1) == clusters.unsqueeze(1)).int().argmax(-1).sort(1).values
-    assert not torch.equal(positions[0], positions[1])     # nor is it the same choice in every cluster
+        assert len(drawn) == 20
+        assert drawn <= set(tokens)
+        choices.add(tuple(token in drawn for token in tokens))
+    # No choice repeats another, be it in the same video or in the same cluster
+    assert len(choices) == 3 * 16
 
 
-@pytest.mark.parametrize("tokens, ratio, count", [(98, 0.8, 20), (98, 0.75, 25), (98, 0.95, 5), (15, 0.9, 2), (1, 0.8, 1), (4, 0.0, 4)])
-def test_visible_count(tokens, ratio, count):
-    assert arvideo.visible_count(tokens, ratio) == count
+@pytest.mark.parametrize("tokens, ratio, count", [
+    (98, 0.8, 20),
+    (98, 0.75, 25),
+    (98, 0.95, 5),
+    (15, 0.9, 2),
+    (1, 0.8, 1),
+    (4, 0.0, 4),
+])
+def test_visible_tokens_are_rounded_half_up_to_one_or_more(tokens, ratio, count):
+    assert arvideo.count_visible(tokens, ratio) == count
 
 
 def test_clusters_are_blocks_of_neighbouring_tokens():
     clusters = arvideo.cluster_tokens((2, 4, 6), (1, 2, 3))
-    t, h, w = torch.unravel_index(clusters, (2, 4, 6))
-    for c, block in enumerate(itertools.product(range(2), range(2), range(2))):
-        assert {(a // 1, b // 2, d // 3) for a, b, d in zip(t[c].tolist(), h[c].tolist(), w[c].tolist())} == {block}
+    blocks = list(product(range(2), range(2), range(2)))        # in raster order
+    assert clusters.shape == (len(blocks), 6)
+    for tokens, (block_t, block_h, block_w) in zip(clusters, blocks):
+        t, h, w = torch.unravel_index(tokens, (2, 4, 6))
+        assert (t // 1 == block_t).all()
+        assert (h // 2 == block_h).all()
+        assert (w // 3 == block_w).all()
     assert sorted(clusters.flatten().tolist()) == list(range(48))
 
 
 def test_encoder_has_86_million_parameters(paper):
-    parameters = sum(p.numel() for p in paper.encoder.parameters())
-    assert round(parameters / 1e6, 1) == 86.2
-    assert round((parameters + 400 * 769) / 1e6, 1) == 86.5         # with the head for Kinetics-400
+    encoder = sum(p.numel() for p in paper.encoder.parameters())
+    head_of_kinetics_400 = 400 * (768 + 1)
+    assert round(encoder / 1e6, 1) == 86.2
+    assert round((encoder + head_of_kinetics_400) / 1e6, 1) == 86.5
 
 
 def test_a_view_takes_180_billion_multiply_adds(paper):
+    view = torch.empty(1, 3, 16, 224, 224, device="meta")
+    # MATH makes attention of plain matrix products, which the counter knows
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        paper.encoder.features(torch.empty(1, 3, 16, 224, 224, device="meta"))
-    assert 179e9 < counter.get_total_flops() / 2 < 182e9
+        paper.encoder(view)
+    multiply_adds = counter.get_total_flops() / 2
+    assert 179e9 < multiply_adds < 182e9
 
 
-# Cubes
+# --- Cubes and positions ----------------------------------------------------
 
 
 def test_cubes_invert():
     video = torch.randn(2, 3, 4, 8, 12)
-    cubes = video_to_cubes(video, (2, 4, 2))
-    assert cubes.shape == (2, 2 * 2 * 6, 3, 16)
-    assert torch.equal(cubes_to_video(cubes, (2, 2, 6), (2, 4, 2)), video)
-    assert torch.equal(cubes[1, 6 + 1, 2], video[1, 2, 0:2, 4:8, 2:4].flatten())
+    grid = (2, 2, 6)
+    cube = (2, 4, 2)
+    cubes = video_to_cubes(video, cube)
+    assert cubes.shape == (2, 24, 3, 16)
+    assert torch.equal(cubes_to_video(cubes, grid, cube), video)
+    # The token in the first time step, the second row, the second column
+    token = 1 * 6 + 1
+    assert torch.equal(cubes[1, token, 2], video[1, 2, 0:2, 4:8, 2:4].flatten())
 
 
 def test_embedding_equals_conv3d():
-    model, video = small_model(), torch.randn(2, 3, 4, 16, 16)
-    convolved = model.encoder.patch_embed.proj(video).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(model.encoder.patch_embed(video_to_cubes(video, model.cube)), convolved)
+    embed = small_model().encoder.patch_embed
+    video = small_video()
+    convolved = embed.proj(video).flatten(2).transpose(1, 2)    # [B, N, D]
+    torch.testing.assert_close(embed(video_to_cubes(video, (2, 4, 4))), convolved)
 
 
 def test_positions_are_videomaes_table():
     table = arvideo.position_table((2, 3, 4), 6, "1d")
-    for position, channel in itertools.product(range(24), range(6)):
-        angle = torch.tensor(position / 10000 ** (2 * (channel // 2) / 6), dtype=torch.float64)
-        expected = angle.cos() if channel % 2 else angle.sin()
-        torch.testing.assert_close(table[position, channel], expected.float())
+    assert table.shape == (24, 6)
+    for position, channel in product(range(24), range(6)):
+        angle = position / 10000 ** (2 * (channel // 2) / 6)
+        expected = math.cos(angle) if channel % 2 else math.sin(angle)
+        torch.testing.assert_close(table[position, channel], torch.tensor(expected))
 
 
 def test_3d_positions_tell_all_tokens_apart():
     table = arvideo.position_table((4, 8, 8), 32, "3d")
-    assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.1
-    shifts = table.view(4, 8, 8, 32)
-    assert torch.equal(shifts[0, 3, 5, 10:20], shifts[2, 3, 1, 10:20])     # the row's third knows the row alone
+    distances = torch.cdist(table, table).fill_diagonal_(1)
+    assert distances.min() > 0.1
+    # The second ten channels know the row alone: they are the same at two other times and columns
+    of_the_row = table.view(4, 8, 8, 32)[..., 10:20]
+    assert torch.equal(of_the_row[0, 3, 5], of_the_row[2, 3, 1])
 
 
-# Orders (section 3.3.2)
+# --- Prediction orders (section 3.3.2) --------------------------------------
 
 
 def test_spatial_first_goes_through_a_slice_then_to_the_next():
     order = arvideo.prediction_orders("spatial-first", (3, 2, 2), 2)
     t, _, _ = torch.unravel_index(order[0], (3, 2, 2))
-    assert t.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and torch.equal(order[0], order[1])
+    assert t.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert torch.equal(order[0], order[1])
 
 
-def test_temporal_first_goes_through_a_position_then_to_the_next():
-    t, h, w = torch.unravel_index(arvideo.prediction_orders("temporal-first", (3, 2, 2), 2)[1], (3, 2, 2))
-    assert t.tolist() == [0, 1, 2] * 4
-    assert list(zip(h.tolist(), w.tolist())) == [p for p in [(0, 0), (0, 1), (1, 0), (1, 1)] for _ in range(3)]
+def test_temporal_first_goes_through_a_location_then_to_the_next():
+    order = arvideo.prediction_orders("temporal-first", (3, 2, 2), 2)
+    t, h, w = torch.unravel_index(order[1], (3, 2, 2))
+    assert t.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+    assert h.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert w.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]
 
 
 def test_random_order_is_a_permutation_of_its_own_for_every_sample():
-    order = arvideo.prediction_orders("random", (4, 2, 2), 4000, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order = arvideo.prediction_orders("random", (4, 2, 2), 4000, generator)
     assert torch.equal(order.sort(1).values, torch.arange(16).expand(4000, -1))
     assert len(order.unique(dim=0)) == 4000
-    share = F.one_hot(order, 16).float().mean(0)                    # [place, cluster]: all about 1/16
+    # How often each cluster is at each place: always about 1/16
+    share = F.one_hot(order, 16).float().mean(0)                # [M places, M clusters]
     assert (share - 1 / 16).abs().max() < 0.02
 
 
-# Causality, and one pass instead of many
+# --- Causality, and one pass instead of many --------------------------------
 
 
-@pytest.mark.parametrize("order", arvideo.ORDERS)
-@pytest.mark.parametrize("self_attention", [False, True])
-def test_causality_bit_for_bit(order, self_attention):
-    model = small_model(order=order, decoder_self_attention=self_attention)
-    B, M = 2, 8
-    cubes = video_to_cubes(torch.randn(B, 3, 4, 16, 16), model.cube)
-    places, visible = model.draw(B)
-    seen, target = model.line_up(places, visible)
+def test_attention_masks_of_three_clusters():
+    # Each cluster has three tokens, two of them visible; the last is not encoded
+    encoder_mask, decoder_mask = arvideo.attention_masks(M=3, K=3, V=2)
+    assert encoder_mask.int().tolist() == [
+        [1, 1, 0, 0],       # place 1
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],       # place 2
+        [1, 1, 1, 1],
+    ]
+    assert decoder_mask.int().tolist() == [
+        [1, 1, 0, 0],       # place 2
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],       # place 3
+        [1, 1, 1, 1],
+        [1, 1, 1, 1],
+    ]
+    same_encoder_mask, later_mask = arvideo.attention_masks(M=3, K=3, V=2, predict_after=2)
+    assert torch.equal(same_encoder_mask, encoder_mask)
+    assert torch.equal(later_mask, decoder_mask[3:])
+
+
+def predict_by_place(model, cubes, order, visible):
+    """{place: prediction [B, K, 3, P] of the clusters there}, all from one masked pass."""
+    seen, queried = model.line_up(order, visible)
     with torch.no_grad():
-        before = model.predict(cubes, seen, target).view(B, M - 1, -1)              # of places 1 .. M-1
-        for k in range(M):
-            changed = cubes.clone()
-            rows = torch.arange(B)[:, None]
-            changed[rows, model.clusters[places[:, k]]] += 1.0
-            after = model.predict(changed, seen, target).view(B, M - 1, -1)
-            assert torch.equal(after[:, :k], before[:, :k])                         # places 1 .. k
-            assert all((after[b, p] != before[b, p]).any() for b in range(B) for p in range(k, M - 1))
+        prediction = model.predict(cubes, seen, queried)                # [B, Q, 3, P]
+    clusters = prediction.unflatten(1, (-1, CLUSTER_SIZE)).unbind(1)    # for every place
+    return dict(enumerate(clusters, start=model.predict_after + 1))
 
 
-@pytest.mark.parametrize("order", arvideo.ORDERS)
+@pytest.mark.parametrize("kind", arvideo.ORDERS)
 @pytest.mark.parametrize("self_attention", [False, True])
-def test_one_masked_pass_equals_predicting_cluster_after_cluster(order, self_attention):
-    model = small_model(order=order, decoder_self_attention=self_attention)
-    B, M, V = 2, 8, 2
-    cubes = video_to_cubes(torch.randn(B, 3, 4, 16, 16), model.cube)
-    places, visible = model.draw(B)
+def test_causality_bit_for_bit(kind, self_attention):
+    model = small_model(order=kind, decoder_self_attention=self_attention)
+    cubes = video_to_cubes(small_video(), model.cube)
+    order, visible = model.draw(2)
+    before = predict_by_place(model, cubes, order, visible)
+    assert list(before) == list(range(2, CLUSTERS + 1))
+    for changed_place in range(1, CLUSTERS + 1):
+        changed = cubes.clone()
+        for b in range(2):
+            cluster = order[b, changed_place - 1]
+            changed[b, model.clusters[cluster]] += 1.0
+        after = predict_by_place(model, changed, order, visible)
+        for place, b in product(before, range(2)):
+            unchanged = torch.equal(after[place][b], before[place][b])
+            assert unchanged == (place <= changed_place)
+
+
+@torch.no_grad()
+def predict_one_cluster(model, cubes, order, visible, place):
+    """The prediction [K, 3, P] of the cluster at `place` from those before it, and no more.
+
+    Of one video: cubes [N, 3, P], order [M], visible [M, V].
+    """
+    # The visible tokens of all clusters before it, and the place of each
+    tokens = []
+    places = []
+    for earlier in range(1, place):
+        for token in visible[order[earlier - 1]]:
+            tokens.append(token.item())
+            places.append(earlier)
+    index = torch.tensor([tokens])
+    mask = torch.tensor([[other <= own for other in places] for own in places])
+    encoded = model.encoder.encode(cubes[index], index, mask)
+    memory = model.encoder_to_decoder(encoded)
+    # Every query sees all of the memory, so there is no mask
+    queried = model.clusters[order[place - 1]]
+    prediction = model.decoder(memory, queried[None])                   # [1, K, 3 P]
+    return prediction[0].view(CLUSTER_SIZE, 3, -1)
+
+
+@pytest.mark.parametrize("kind", arvideo.ORDERS)
+@pytest.mark.parametrize("self_attention", [False, True])
+def test_one_masked_pass_equals_predicting_cluster_after_cluster(kind, self_attention):
+    model = small_model(order=kind, decoder_self_attention=self_attention)
+    cubes = video_to_cubes(small_video(), model.cube)
+    order, visible = model.draw(2)
+    parallel = predict_by_place(model, cubes, order, visible)
+    for b, place in product(range(2), range(2, CLUSTERS + 1)):
+        alone = predict_one_cluster(model, cubes[b], order[b], visible[b], place)
+        torch.testing.assert_close(alone, parallel[place][b], atol=1e-5, rtol=1e-4)
+
+
+def test_features_follow_their_tokens_into_another_order():
+    encoder = small_model().encoder
+    video = small_video()
+    cubes = video_to_cubes(video, encoder.cube)
+    index = torch.stack([torch.randperm(TOKENS), torch.randperm(TOKENS)])
     with torch.no_grad():
-        parallel = model.predict(cubes, *model.line_up(places, visible)).view(B, M - 1, 4, 3, -1)
-        for b, k in itertools.product(range(B), range(1, M)):
-            prefix = torch.cat([visible[b, places[b, j]] for j in range(k)])[None]              # [1, k V]
-            place = torch.tensor([i // V for i in range(k * V)])
-            mask = torch.tensor([[int(p) >= int(q) for q in place] for p in place])
-            memory = model.encoder_to_decoder(model.encoder(take(cubes[b:b + 1], prefix), prefix, mask))
-            alone = model.decoder(memory, model.clusters[places[b, k]][None])                   # sees the whole prefix
-            torch.testing.assert_close(alone.view(4, 3, -1), parallel[b, k - 1], atol=1e-5, rtol=1e-4)
+        in_raster_order = encoder(video)
+        shuffled = encoder.encode(take(cubes, index), index)
+    torch.testing.assert_close(shuffled, take(in_raster_order, index))
 
 
 def test_prediction_can_start_later():
-    model, later = small_model(), small_model(predict_after=3)
-    cubes = video_to_cubes(torch.randn(2, 3, 4, 16, 16), model.cube)
+    model = small_model()
+    later_model = small_model(predict_after=3)
+    cubes = video_to_cubes(small_video(), model.cube)
     order, visible = model.draw(2)
-    with torch.no_grad():
-        every = model.predict(cubes, *model.line_up(order, visible))
-        torch.testing.assert_close(later.predict(cubes, *later.line_up(order, visible)), every[:, 2 * 4:])
+    every = predict_by_place(model, cubes, order, visible)
+    later = predict_by_place(later_model, cubes, order, visible)
+    assert list(later) == [4, 5, 6, 7, 8]
+    for place, prediction in later.items():
+        torch.testing.assert_close(prediction, every[place])
 
 
 def test_activation_checkpointing_changes_no_gradient():
-    gradients = []
-    for checkpointing in (False, True):
+    def gradients(checkpointing):
         model = small_model(checkpointing=checkpointing).train()
-        video = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-        model(video, *model.draw(2, torch.Generator().manual_seed(2))).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+        torch.manual_seed(1)
+        model(small_video(), *model.draw(2)).backward()
+        return [p.grad for p in model.parameters()]
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, recomputed)
 
 
-# Loss (section 4.1)
+# --- Loss (section 4.1) -----------------------------------------------------
 
 
 def test_predicting_zero_scores_about_one():
     model = small_model()
     torch.nn.init.zeros_(model.decoder.head.weight)
-    loss = model(torch.randn(4, 3, 4, 16, 16) * 0.3 + 2, *model.draw(4))
-    assert abs(loss.item() - 31 / 32) < 1e-4        # the unbiased deviation of 32 pixels leaves 31/32
+    video = small_video(4) * 0.3 + 2
+    loss = model(video, *model.draw(4))
+    # The unbiased deviation of 32 pixels leaves 31/32
+    assert abs(loss.item() - 31 / 32) < 1e-4
 
 
 def test_loss_is_the_mean_squared_error_of_normalised_cubes():
-    model, video = small_model(), torch.randn(2, 3, 4, 16, 16)
+    model = small_model()
+    video = small_video()
     order, visible = model.draw(2)
-    cubes, (seen, target) = video_to_cubes(video, model.cube), model.line_up(order, visible)
-    prediction, errors = model.predict(cubes, seen, target), []
-    for b, q in itertools.product(range(2), range(target.shape[1])):
-        for colour in range(3):
-            x = cubes[b, target[b, q], colour]
-            errors.append((prediction[b, q, colour] - (x - x.mean()) / (x.var(unbiased=True).sqrt() + 1e-6)) ** 2)
+    cubes = video_to_cubes(video, model.cube)
+    seen, queried = model.line_up(order, visible)
+    prediction = model.predict(cubes, seen, queried)
+    errors = []
+    for b, q, colour in product(range(2), range(queried.shape[1]), range(3)):
+        x = cubes[b, queried[b, q], colour]
+        deviation = x.var(unbiased=True).sqrt()
+        target = (x - x.mean()) / (deviation + 1e-6)
+        errors.append((prediction[b, q, colour] - target) ** 2)
     torch.testing.assert_close(model(video, order, visible), torch.cat(errors).mean())
 
 
 def test_reconstruction_puts_predictions_and_visible_cubes_where_they_belong():
-    model, video = small_model(), torch.randn(1, 3, 4, 16, 16)
+    model = small_model()
+    video = small_video(1)
     order, visible = model.draw(1)
-    seen_video, predicted = (video_to_cubes(v, model.cube)[0] for v in model.reconstruct(video, order, visible))
-    cubes, first, last = video_to_cubes(video, model.cube)[0], order[0, 0], order[0, -1]
-    assert torch.equal(seen_video[visible[0, first]], cubes[visible[0, first]])
-    assert (seen_video[model.clusters[last]] == 0).all()            # the last cluster never enters the encoder
-    assert (predicted[model.clusters[first]] == 0).all()            # nothing predicts the first
-    torch.testing.assert_close(predicted[model.clusters[last]].mean(-1), cubes[model.clusters[last]].mean(-1), atol=0.6, rtol=0)
+    first = order[0, 0]
+    last = order[0, -1]
+    shown, predicted = model.reconstruct(video, order, visible)
+    cubes = video_to_cubes(video, model.cube)[0]
+    shown = video_to_cubes(shown, model.cube)[0]
+    predicted = video_to_cubes(predicted, model.cube)[0]
+
+    # The first cluster's visible cubes are shown, and nothing predicts it
+    tokens = visible[0, first]
+    assert torch.equal(shown[tokens], cubes[tokens])
+    assert (predicted[model.clusters[first]] == 0).all()
+
+    # The last cluster never enters the encoder. Its predictions have the true cubes' means.
+    tokens = model.clusters[last]
+    assert (shown[tokens] == 0).all()
+    torch.testing.assert_close(
+        predicted[tokens].mean(-1), cubes[tokens].mean(-1), atol=0.6, rtol=0)
 
 
-# The rows of Table 1
+# --- The rows of Table 1 ----------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [
@@ -233,7 +364,8 @@ def test_reconstruction_puts_predictions_and_visible_cubes_where_they_belong():
 def test_token_and_pixel_autoregression_train_a_step(changes):
     model = small_model(**changes, mask_ratio=0.0).train()
     assert model.encoder_mask.shape == (1567, 1567)
-    video = torch.randn(1, 3, changes["frames"], changes["size"], changes["size"])
+    size = changes["size"]
+    video = torch.randn(1, 3, changes["frames"], size, size)
     draw = model.draw(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     before = model(video, *draw)
@@ -242,15 +374,86 @@ def test_token_and_pixel_autoregression_train_a_step(changes):
     assert model(video, *draw) < before
 
 
+# --- Transfer ---------------------------------------------------------------
+
+
+def checkpoint_of(model):
+    """What train_pretrain.py saves, as far as transfer needs it. YAML has lists, not tuples."""
+    arguments = {key: list(value) if isinstance(value, tuple) else value
+                 for key, value in SMALL.items()}
+    return {"model": model.state_dict(), "config": {"model": arguments}}
+
+
 def test_pretrained_encoder_is_the_encoder_alone_and_bidirectional():
     model = small_model()
-    arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in SMALL.items()}
-    encoder = arvideo.pretrained_encoder({"model": model.state_dict(), "config": {"model": arguments}})
-    video = torch.randn(1, 3, 4, 16, 16)
+    encoder = arvideo.pretrained_encoder(checkpoint_of(model))
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, model.encoder.state_dict()[name])
+    # A pixel of the last token changes, and the features of every token with it
+    video = small_video(1)
     changed = video.clone()
-    changed[:, :, -1, -1, -1] += 1.0                                # a pixel of the last token
-    before, after = encoder.features(video), encoder.features(changed)
-    assert before.shape == (1, 32, 32) and (before != after).any(-1).all()      # every token saw it
+    changed[:, :, -1, -1, -1] += 1.0
+    before = encoder(video)
+    after = encoder(changed)
+    assert before.shape == (1, TOKENS, 32)
+    assert (before != after).any(-1).all()
+
+
+class ReversedFeatures(Encoder):
+    """A fork's encoder, with other features of whole videos."""
+
+    def forward(self, video):
+        return super().forward(video).flip(2)
+
+
+class ReversedCore(Encoder):
+    """A fork's encoder, with another output in pretraining as well."""
+
+    def encode(self, cubes, index=None, mask=None):
+        return super().encode(cubes, index, mask).flip(2)
+
+
+@pytest.mark.parametrize("fork", [ReversedFeatures, ReversedCore])
+def test_transfer_uses_a_subclass_of_the_encoder(fork):
+    arguments = dict(**SMALL_ENCODER, mlp_ratio=4.0)
+
+    class ForkedARVideo(ARVideo):
+        def __init__(self, **model):
+            super().__init__(**model)
+            self.encoder = fork(**arguments)
+
+    class ForkedClassifier(Classifier, fork):
+        pass
+
+    def expected_tokens(encoder):
+        """Computed without the fork's methods."""
+        cubes = video_to_cubes(video, encoder.cube)
+        return Encoder.encode(encoder, cubes).flip(2)
+
+    torch.manual_seed(0)
+    video = small_video()
+
+    # The features
+    checkpoint = checkpoint_of(ForkedARVideo(**SMALL))
+    encoder = arvideo.pretrained_encoder(checkpoint, ForkedARVideo)
+    tokens = expected_tokens(encoder)
+    assert torch.equal(encoder(video), tokens)
+
+    # A probe of them. Heads start near zero, so they are drawn anew.
+    probe = Probe(classes=5, attentive=False, **arguments).eval()
+    probe.encoder = encoder
+    torch.nn.init.normal_(probe.head.weight)
+    assert torch.equal(probe(video), probe.head(probe.norm(tokens.mean(1))))
+
+    # A classifier, whose encoder is the classifier itself
+    classifier = ForkedClassifier(classes=5, drop_path=0.0, head_dropout=0.0, **arguments).eval()
+    torch.nn.init.normal_(classifier.head.weight)
+    tokens = expected_tokens(classifier)
+    logits = classifier.head(classifier.fc_norm(tokens.mean(1)))
+    assert torch.equal(classifier(video), logits)
+
+
+# --- What is refused --------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes, culprit", [
@@ -262,8 +465,10 @@ def test_pretrained_encoder_is_the_encoder_alone_and_bidirectional():
     (dict(heads=7), "heads 7 does not divide the width 768"),
     (dict(decoder_heads=5), "decoder_heads 5 does not divide the width 512"),
     (dict(predict_after=16), "predict_after 16 is out of range"),
+    (dict(predict_after=0), "predict_after 0 is out of range"),
     (dict(positions="2d"), "positions '2d' is unknown"),
-    (dict(cube=(1, 1, 1), frames=8, size=14), "normalise_target needs cubes of more than one pixel"),
+    (dict(cube=(1, 1, 1), frames=8, size=14),
+     "normalise_target needs cubes of more than one pixel"),
 ])
 def test_impossible_sizes_are_refused_by_name(changes, culprit):
     with torch.device("meta"), pytest.raises(ValueError, match=culprit):

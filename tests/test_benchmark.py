@@ -1,71 +1,175 @@
-"""The baseline that speed is measured against is VideoMAE, and the benchmarks run."""
+"""Speed is measured against VideoMAE itself, all benchmarks run, and the figures are right."""
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from argparse import Namespace
 from pathlib import Path
 
 import benchmark
+import figures
 import pytest
 import torch
+from benchmark import VideoMAE, contenders, forward_flops, materialised
+from conftest import ROOT, SERVER, USUAL_METHOD, run_main
 
 import arvideo
-from benchmark import VideoMAE, contenders, forward_flops, materialised
 from train_pretrain import load_config
 
-ROOT = Path(__file__).parent.parent
 PAPER = load_config(["k400"], "pretrain")
 
 
-def test_videomae_is_videomae():
+# --- The baseline -----------------------------------------------------------
+
+
+def test_videomae_has_the_published_size():
     with torch.device("meta"):
         model = VideoMAE(PAPER["model"])
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 94.2
-    assert benchmark.tokens(contenders("step", "cpu")[0], PAPER) == [160, 160, 1568, 1568]
+    parameters = sum(p.numel() for p in model.parameters())
+    assert round(parameters / 1e6, 1) == 94.2
+    videomae = contenders("step", "cpu")[0]
+    assert list(benchmark.token_counts(videomae, PAPER).values()) == [160, 160, 1568, 1568]
+
+
+def test_videomae_hides_tubes_and_predicts_them():
     torch.manual_seed(0)
-    small = VideoMAE(load_config(["toy"], "pretrain")["model"])
-    visible, hidden = small.draw(3)
-    assert torch.equal(torch.cat([visible, hidden], 1).sort(1).values, torch.arange(256).expand(3, -1))
-    assert torch.equal(visible.view(3, 4, -1) % 64, (visible.view(3, 4, -1) % 64)[:, :1].expand(-1, 4, -1))       # tubes
+    model = VideoMAE(load_config(["toy"], "pretrain")["model"])
+    visible, hidden = model.draw(3)
+
+    # Every token is visible or hidden, and all 4 time slices of 64 tokens are alike
+    tokens = torch.cat([visible, hidden], 1).sort(1).values
+    assert torch.equal(tokens, torch.arange(256).expand(3, -1))
+    in_slice = visible.view(3, 4, -1) % 64
+    assert torch.equal(in_slice, in_slice[:, :1].expand(-1, 4, -1))
+
+    # Where zero is predicted, the loss is what is left of the target's variance: 31 / 32
     video = torch.randn(3, 3, 8, 32, 32)
-    torch.nn.init.zeros_(small.head.weight)                                  # predicts zero, where 31 / 32 is the variance left
-    assert small(video, visible, hidden).item() == pytest.approx(31 / 32, abs=1e-4)
+    torch.nn.init.zeros_(model.head.weight)
+    loss = model(video, visible, hidden)
+    assert loss.item() == pytest.approx(31 / 32, abs=1e-4)
 
 
 def test_forward_costs():
     """ViT-B, two FLOPs for each multiply-add: VideoMAE 71 GFLOPs, ARVideo 93."""
     videomae, _, ours = contenders("step", "cpu")
-    assert round(forward_flops(videomae, PAPER) / 1e9) == 71 and round(forward_flops(ours, PAPER) / 1e9) == 93
+    assert round(forward_flops(videomae, PAPER) / 1e9) == 71
+    assert round(forward_flops(ours, PAPER) / 1e9) == 93
 
 
-def test_attention_written_out_is_attention():
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_is_attention(masked):
     torch.manual_seed(0)
-    q, k, v, mask = torch.randn(2, 5, 24), torch.randn(2, 7, 24), torch.randn(2, 7, 24), torch.rand(5, 7) < 0.7
-    mask[:, 0] = True
-    for m in (None, mask):
-        torch.testing.assert_close(materialised(q, k, v, 3, m), arvideo.attend(q, k, v, 3, m))
+    q = torch.randn(2, 5, 24)
+    k = torch.randn(2, 7, 24)
+    v = torch.randn(2, 7, 24)
+    mask = None
+    if masked:
+        mask = torch.rand(5, 7) < 0.7
+        mask[:, 0] = True                               # every query attends to something
+    expected = arvideo.attend(q, k, v, 3, mask)
+    torch.testing.assert_close(materialised(q, k, v, 3, mask), expected)
 
 
-COMMANDS = ["memory toy --batch 2", "loader toy --batch 2 --rounds 1", "step toy --batch 2 --rounds 1",
-            "finetune toy --batch 2 --rounds 1", "decode video.mp4 --rounds 1"]
+# --- The benchmarks ---------------------------------------------------------
+
+
+def test_memory_doubles_the_batch_until_nothing_fits(monkeypatch):
+    def peak(contender, config, batch, device):
+        largest = 4 if contender.fused else 2
+        return batch * 2**30 if batch <= largest else None
+
+    monkeypatch.setattr(benchmark, "peak_memory_alone", peak)
+    _, rows = benchmark.benchmark_memory(Namespace(batch=0), PAPER, "cuda")
+    written_out, fused, ours = [contender.name for contender in contenders("step", "cuda")]
+    assert [row["batch"] for row in rows] == [1, 2, 4, 8]
+    assert [row[written_out] for row in rows] == [
+        "1.00 GiB", "2.00 GiB", "does not fit", "not tried"]
+    for name in (fused, ours):
+        assert [row[name] for row in rows] == ["1.00 GiB", "2.00 GiB", "4.00 GiB", "does not fit"]
+
+
+def test_an_unknown_setting_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "step", "model.dept=2"])
+    with pytest.raises(SystemExit, match="did you mean 'depth'"):
+        benchmark.main()
+
+
+COMMANDS = ["memory toy --batch 1", "loader toy --batch 2 --rounds 1",
+            "step toy --batch 2 --rounds 1", "decode video.mp4 --rounds 1"]
+REAL_COMMAND = "finetune toy --batch 2 --rounds 1"      # by python; the others by a fork
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """What every command came to, two of them at a time: much of it is starting Python."""
+def started(tmp_path_factory):
+    """{command: (its process, prefix of the files with what it prints)}, running at once."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    benchmark.synthetic_video(folder / "video.mp4", 40, 96, 128, 25, 20)
+    benchmark.synthetic_video(folder / "video.mp4", 40, 96, 128, rate=25, key_frames=20)
+    started = {}
+    with open(folder / "finetune.out", "w") as out, open(folder / "finetune.err", "w") as err:
+        script = ROOT / "tests" / "benchmark.py"
+        process = subprocess.Popen([sys.executable, script, *REAL_COMMAND.split()],
+                                   cwd=folder, stdout=out, stderr=err)
+        started[REAL_COMMAND] = process, folder / "finetune"
+    for command in COMMANDS:
+        prefix = folder / command.split()[0]
+        arguments = ("benchmark.py", command.split(), str(folder), str(prefix), USUAL_METHOD)
+        process = SERVER.Process(target=run_main, args=arguments)
+        process.start()
+        started[command] = process, prefix
+    return started
 
-    def run(command):
-        return subprocess.run([sys.executable, ROOT / "tests" / "benchmark.py", *command.split()], cwd=folder, text=True,
-                              capture_output=True, timeout=300)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(COMMANDS, pool.map(run, COMMANDS)))
+def check_printed(prefix, status):
+    assert status == 0, Path(f"{prefix}.err").read_text()
+    printed = Path(f"{prefix}.out").read_text()
+    assert printed.count("|---") > 0
+    assert len(printed.splitlines()) >= 6
+    assert "torch" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_benchmark_runs(command, ran):
-    out = ran[command].stdout
-    assert ran[command].returncode == 0, ran[command].stderr
-    assert out.count("|---") and len(out.splitlines()) >= 6 and "torch" in out
+def test_every_benchmark_runs(command, started):
+    process, prefix = started[command]
+    process.join(300)
+    check_printed(prefix, process.exitcode)
+
+
+@pytest.mark.slow
+def test_a_benchmark_runs_as_a_real_command(started):
+    process, prefix = started[REAL_COMMAND]
+    check_printed(prefix, process.wait(300))
+
+
+# --- The figures ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low, high", [
+    (0, 1), (0, 19.9), (0.856, 0.974), (0.9691, 0.9703), (-3, 250), (1, 4), (75, 100000)])
+def test_ticks_are_a_few_round_numbers_within_the_range(low, high):
+    found = figures.ticks(low, high)
+    assert 4 <= len(found) <= 10
+    assert low <= min(found) and max(found) <= high
+    step = found[1] - found[0]
+    assert float(f"{step:.6e}"[:8]) in (1, 2, 5)
+    for number in found:
+        assert number / step == pytest.approx(round(number / step), abs=1e-6)
+
+
+def test_a_picture_shows_every_cluster_in_the_colour_of_its_place():
+    torch.manual_seed(0)
+    model = figures.load_model("random:toy")[0]
+    order, visible = model.draw(2)
+    video = torch.randn(2, 3, 8, 32, 32)
+    picture = figures.draw_picture(model, video, order, visible)
+
+    # 2 x 2 x 2 clusters of 2 columns and 64 x 64 pixels, in 2 x 3 rows of frames
+    white = (255, 255, 255)
+    for b in range(2):
+        for place, cluster in enumerate(order[b].tolist(), 1):
+            for row in range(3):
+                for column in (cluster // 4 * 2, cluster // 4 * 2 + 1):
+                    x = 90 + 138 * column + 64 * (cluster % 2)
+                    y = 40 + 138 * (3 * b + row) + 64 * (cluster // 2 % 2)
+                    assert picture.getpixel((x, y)) == figures.colour_of(place, 8)
+                    is_white = picture.getpixel((x + 32, y + 32)) == white
+                    assert is_white == ((row, place) in [(1, 8), (2, 1)])

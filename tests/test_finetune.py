@@ -3,37 +3,29 @@
 import argparse
 import csv
 import json
-import os
-import subprocess
-import sys
+import shutil
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, Script, assert_equal, finetune, toy_lists
 from torchvision.transforms.v2 import CutMix, MixUp
 
 import data
 import train_finetune
-from arvideo import ARVideo
-from train_finetune import Classifier, Probe, accuracy, build_model, encoder_arguments, evaluate, load_weights
-from train_pretrain import Process, load_config, mixed_precision
+from arvideo import ARVideo, video_to_cubes
+from data import UserError
+from train_finetune import (
+    Classifier, Probe, Result, accuracy, begin, build_model, encoder_arguments, evaluate,
+    load_weights)
+from train_pretrain import Machine, load_config, make_optimizer
 
-ROOT = Path(__file__).parent.parent
-TINY = ["model.width=32", "model.depth=2", "model.heads=2", "model.decoder_width=24", "model.decoder_depth=1",
-        "model.decoder_heads=2", "finetune.batch=8", "finetune.epochs=2", "finetune.warmup_epochs=0", "run.workers=1",
-        "run.device=cpu"]
-HERE = Process(0, 1, torch.device("cpu"))
+LETTERS = list("abcdefgh")          # names of eight classes
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """24 training and 13 validation videos, one of the latter unreadable."""
-    root = tmp_path_factory.mktemp("toy") / "set"
-    data.make_toy_set(root, {"train": 24, "val": 13})
-    (root / "val" / "00004.mp4").write_text("hello")
-    return [f"data.root={root}", f"data.train={root / 'train.txt'}", f"data.val={root / 'val.txt'}"]
+def tiny_config(*arguments):
+    return load_config([*TINY, *map(str, arguments)], "finetune")
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +39,19 @@ def pretrained(tmp_path_factory):
     return path, model
 
 
-def finetune(output, *arguments, processes=0):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    ran = subprocess.run([sys.executable, *launcher, "train_finetune.py", *TINY, *map(str, arguments), f"run.output={output}"],
-                         cwd=ROOT, text=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return ran.returncode, ran.stdout, ran.stderr
+# --- The model --------------------------------------------------------------
 
 
-def tiny_config(*arguments):
-    return load_config([*TINY, *arguments], "finetune")
+def kinetics_classifier():
+    """The classifier of preset k400, without memory for its weights."""
+    with torch.device("meta"):
+        arguments = encoder_arguments(load_config(["k400"], "finetune")["model"])
+        return Classifier(400, 0.1, 0.0, **arguments)
 
 
-# The model
+def adamw(model, **scale):
+    settings = dict(weight_decay=0.05, betas=[0.9, 0.999])
+    return make_optimizer(model, settings, torch.device("cpu"), **scale)
 
 
 def test_classifier_is_the_bidirectional_encoder_with_a_new_norm(pretrained):
@@ -67,41 +60,49 @@ def test_classifier_is_the_bidirectional_encoder_with_a_new_norm(pretrained):
     model = build_model(config, 8).eval()
     load_weights(model, path, config, None)
     video = torch.randn(2, 3, 8, 32, 32)
-    tokens = data_tokens = source.encoder.patch_embed(train_finetune_cubes(video, source)) + source.encoder.positions
+
+    cubes = video_to_cubes(video, source.cube)
+    tokens = source.encoder.patch_embed(cubes) + source.encoder.positions
     for block in source.encoder.blocks:
         tokens = block(tokens)
-    expected = F.linear(F.layer_norm(tokens.mean(1), (32,), eps=1e-6), model.head.weight, model.head.bias)
-    assert data_tokens.shape == (2, 256, 32)
+    assert tokens.shape == (2, 256, 32)
+    pooled = F.layer_norm(tokens.mean(1), (32,), eps=1e-6)
+    expected = F.linear(pooled, model.head.weight, model.head.bias)
     torch.testing.assert_close(model(video), expected)
 
 
-def train_finetune_cubes(video, model):
-    from arvideo import video_to_cubes
-    return video_to_cubes(video, model.cube)
-
-
 def test_head_starts_near_zero_and_drop_path_grows_with_depth():
-    with torch.device("meta"):
-        arguments = encoder_arguments(load_config(["k400"], "finetune")["model"])
-        model = Classifier(400, 0.1, 0.0, **arguments)
-    assert [round(block.drop_path.p, 4) for block in model.blocks] == [round(0.1 * i / 11, 4) for i in range(12)]
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 86.5
+    model = kinetics_classifier()
+    probabilities = [block.drop_path.p for block in model.blocks]
+    assert probabilities == pytest.approx([0.1 * i / 11 for i in range(12)], abs=5e-5)
+    million = sum(p.numel() for p in model.parameters()) / 1e6
+    assert round(million, 1) == 86.5
     head = train_finetune.linear_head(768, 400)
-    assert head.weight.std().item() == pytest.approx(2e-5, rel=0.05) and not head.bias.any()
+    assert head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
+    assert not head.bias.any()
 
 
 def test_layer_decay():
-    with torch.device("meta"):
-        model = Classifier(400, 0.1, 0.0, **encoder_arguments(load_config(["k400"], "finetune")["model"]))
-    optimizer = train_finetune.adamw(model, dict(weight_decay=0.05, betas=[0.9, 0.999]), HERE.device,
-                                     train_finetune.layer_decay(12, 0.75))
-    names = {id(p): name for name, p in model.named_parameters()}
-    scales = {names[id(p)]: group["scale"] for group in optimizer.param_groups for p in group["params"]}
-    assert scales["patch_embed.proj.weight"] == 0.75 ** 13 and scales["patch_embed.proj.bias"] == 0.75 ** 13
-    assert scales["head.weight"] == scales["fc_norm.bias"] == 1
-    assert all(scales[f"blocks.{i}.attn.q_bias"] == 0.75 ** (12 - i) for i in range(12))
-    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert decays["head.weight"] == 0.05 and decays["head.bias"] == decays["fc_norm.weight"] == 0
+    model = kinetics_classifier()
+    optimizer = adamw(model, scale=train_finetune.layer_decay(12, 0.75))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scale = {}
+    weight_decay = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            scale[names[id(parameter)]] = group["scale"]
+            weight_decay[names[id(parameter)]] = group["weight_decay"]
+    assert scale.keys() == weight_decay.keys() == set(names.values())
+
+    assert scale["patch_embed.proj.weight"] == 0.75 ** 13
+    assert scale["patch_embed.proj.bias"] == 0.75 ** 13
+    for i in range(12):
+        assert scale[f"blocks.{i}.attn.q_bias"] == 0.75 ** (12 - i)
+    assert scale["fc_norm.bias"] == 1
+    assert scale["head.weight"] == 1
+    assert weight_decay["head.weight"] == 0.05
+    assert weight_decay["head.bias"] == 0
+    assert weight_decay["fc_norm.weight"] == 0
 
 
 @pytest.mark.parametrize("attentive", [False, True])
@@ -109,253 +110,483 @@ def test_probe_leaves_the_encoder_bit_identical(attentive):
     torch.manual_seed(0)
     model = Probe(8, attentive, **encoder_arguments(tiny_config()["model"])).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = train_finetune.adamw(model, dict(weight_decay=0.05, betas=[0.9, 0.999]), HERE.device)
+    optimizer = adamw(model)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     for _ in range(3):
-        F.cross_entropy(model(torch.randn(4, 3, 8, 32, 32)), torch.arange(4)).backward()
+        logits = model(torch.randn(4, 3, 8, 32, 32))
+        F.cross_entropy(logits, torch.arange(4)).backward()
         optimizer.step()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == name.startswith("encoder."), name
+        is_unchanged = torch.equal(tensor, before[name])
+        assert is_unchanged == name.startswith("encoder."), name
 
 
-# Weights in and out
+# --- Weights in and out -----------------------------------------------------
 
 
-OFFICIAL_BLOCK = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.q_bias", "attn.v_bias", "attn.proj.weight", "attn.proj.bias",
-                  "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
+OFFICIAL_BLOCK = [
+    "norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.q_bias", "attn.v_bias",
+    "attn.proj.weight", "attn.proj.bias", "norm2.weight", "norm2.bias",
+    "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
 
 
-def official_names(prefix, last):
-    return {f"{prefix}patch_embed.proj.weight", f"{prefix}patch_embed.proj.bias", f"{prefix}{last}.weight", f"{prefix}{last}.bias",
-            *(f"{prefix}blocks.{i}.{name}" for i in range(2) for name in OFFICIAL_BLOCK)}
+def official_names(last_norm):
+    """VideoMAE's names of an encoder of two blocks."""
+    names = {"patch_embed.proj.weight", "patch_embed.proj.bias",
+             f"{last_norm}.weight", f"{last_norm}.bias"}
+    for i in range(2):
+        names.update(f"blocks.{i}.{name}" for name in OFFICIAL_BLOCK)
+    return names
 
 
-def videomae_file(path, source, **changes):
-    """VideoMAE's pretraining file: its names, its decoder, an argparse.Namespace beside the weights."""
-    state = {f"encoder.{name}": tensor for name, tensor in source.encoder.state_dict().items()}
-    assert set(state) == official_names("encoder.", "norm")
-    state |= {"mask_token": torch.zeros(1, 1, 16), "encoder_to_decoder.weight": torch.zeros(16, 32),
-              "decoder.blocks.0.attn.qkv.weight": torch.zeros(48, 16), "decoder.norm.weight": torch.ones(16)}
-    state |= changes
-    torch.save({"model": {name: tensor for name, tensor in state.items() if tensor is not None},
-                "args": argparse.Namespace(lr=1.0), "epoch": 3}, path)
+def write_official_file(path, source, **changes):
+    """VideoMAE's pretraining file: an encoder, a decoder, and a Namespace beside the weights.
+
+    `changes` are weights to add or, if None, to leave out.
+    """
+    weights = {}
+    assert set(source.encoder.state_dict()) == official_names("norm")
+    for name, tensor in source.encoder.state_dict().items():
+        weights[f"encoder.{name}"] = tensor
+    weights["mask_token"] = torch.zeros(1, 1, 16)
+    weights["encoder_to_decoder.weight"] = torch.zeros(16, 32)
+    weights["decoder.blocks.0.attn.qkv.weight"] = torch.zeros(48, 16)
+    weights["decoder.norm.weight"] = torch.ones(16)
+    weights.update(changes)
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    torch.save(dict(model=weights, args=argparse.Namespace(lr=1.0), epoch=3), path)
     return path
 
 
-def test_official_files_load_and_ours_have_official_names(pretrained, tmp_path):
-    source, config = pretrained[1], tiny_config()
+def save_weights(path, weights, **about):
+    torch.save(dict(model=weights, **about), path)
+    return path
+
+
+def test_official_pretraining_loads_and_our_classifier_has_official_names(pretrained, tmp_path):
+    _, source = pretrained
+    config = tiny_config()
     model = build_model(config, 8)
-    sentence, complete = load_weights(model, videomae_file(tmp_path / "official.pth", source), config, None)
-    assert "28 tensors of the encoder" in sentence and "left behind: decoder, encoder_to_decoder, mask_token, norm" in sentence
+    path = write_official_file(tmp_path / "official.pth", source)
+    sentence, complete = load_weights(model, path, config, None)
+    assert "28 tensors of the encoder" in sentence
+    assert "left behind: decoder, encoder_to_decoder, mask_token, norm" in sentence
     assert not complete
-    assert set(model.state_dict()) == official_names("", "fc_norm") | {"head.weight", "head.bias"}
+    weights = model.state_dict()
+    assert set(weights) == official_names("fc_norm") | {"head.weight", "head.bias"}
     for name, tensor in source.encoder.state_dict().items():
-        assert name.startswith("norm.") or torch.equal(model.state_dict()[name], tensor)
+        if not name.startswith("norm."):
+            assert_equal(weights[name], tensor)
 
-    torch.save({"model": model.state_dict()}, tmp_path / "ours.pt")           # as VideoMAE's fine-tuning script writes it
-    again = build_model(config, 8)
-    assert load_weights(again, tmp_path / "ours.pt", config, None)[1]
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
-    torch.save({"model": model.state_dict(), "classes": list("abcdefgh")}, tmp_path / "named.pt")
-    assert load_weights(again, tmp_path / "named.pt", config, list("abcdefgh"))[1]
-    assert not load_weights(again, tmp_path / "named.pt", config, list("abcdefgx"))[1]      # as many, but others: a new head
-    other = build_model(config, 5)                                            # other classes: a new head
-    assert "left behind: fc_norm, head" in load_weights(other, tmp_path / "ours.pt", config, None)[0]
-    torch.save({"model": {**model.state_dict(), "teacher.weight": torch.zeros(3)}}, tmp_path / "more.pt")
-    with pytest.raises(SystemExit, match='Unexpected key.*"teacher.weight"'):
-        load_weights(again, tmp_path / "more.pt", config, None)
-    with_teacher = videomae_file(tmp_path / "teacher.pth", source, **{"teacher.weight": torch.zeros(3)})      # a fork's pretraining
-    assert "left behind: decoder, encoder_to_decoder, mask_token, norm, teacher" in load_weights(again, with_teacher, config, None)[0]
-
+    # A probe keeps the final norm
     probe = build_model(tiny_config("finetune.probe=linear"), 8)
-    assert "30 tensors" in load_weights(probe, tmp_path / "official.pth", config, None)[0]       # a probe keeps the final norm
-    assert torch.equal(probe.encoder.norm.weight, source.encoder.norm.weight)
+    sentence, _ = load_weights(probe, path, config, None)
+    assert "30 tensors" in sentence
+    assert_equal(probe.encoder.state_dict(), source.encoder.state_dict())
+
+
+def test_a_classifier_is_taken_whole_only_if_its_classes_are_the_same(tmp_path):
+    config = tiny_config()
+    model = build_model(config, 8)
+    weights = model.state_dict()
+
+    # As VideoMAE's fine-tuning script writes it: without the names of the classes
+    unnamed = save_weights(tmp_path / "unnamed.pt", weights)
+    again = build_model(config, 8)
+    _, complete = load_weights(again, unnamed, config, None)
+    assert complete
+    assert_equal(again.state_dict(), weights)
+
+    named = save_weights(tmp_path / "named.pt", weights, classes=LETTERS)
+    _, complete = load_weights(again, named, config, LETTERS)
+    assert complete
+
+    # As many classes, but others; and fewer classes: a new head
+    _, complete = load_weights(again, named, config, list("abcdefgx"))
+    assert not complete
+    fewer = build_model(config, 5)
+    sentence, complete = load_weights(fewer, unnamed, config, None)
+    assert "left behind: fc_norm, head" in sentence
+    assert not complete
+
+
+def test_weights_beside_the_encoders_are_refused_in_a_classifier_alone(pretrained, tmp_path):
+    _, source = pretrained
+    config = tiny_config()
+    model = build_model(config, 8)
+    teacher = {"teacher.weight": torch.zeros(3)}
+    path = save_weights(tmp_path / "classifier.pt", {**model.state_dict(), **teacher})
+    with pytest.raises(UserError, match='Unexpected key.*"teacher.weight"'):
+        load_weights(model, path, config, None)
+
+    # A fork's pretraining may hold more than ours
+    path = write_official_file(tmp_path / "pretraining.pth", source, **teacher)
+    sentence, _ = load_weights(model, path, config, None)
+    assert "left behind: decoder, encoder_to_decoder, mask_token, norm, teacher" in sentence
 
 
 @pytest.mark.parametrize("changes, culprit", [
-    ({"encoder.blocks.1.attn.q_bias": None}, 'Missing key.*"blocks.1.attn.q_bias"'),
-    ({"encoder.blocks.1.attn.k_bias": torch.zeros(32)}, 'Unexpected key.*"blocks.1.attn.k_bias"'),
+    ({"encoder.blocks.1.attn.q_bias": None},
+     'Missing key.*"blocks.1.attn.q_bias"'),
+    ({"encoder.blocks.1.attn.k_bias": torch.zeros(32)},
+     'Unexpected key.*"blocks.1.attn.k_bias"'),
     ({"encoder.patch_embed.proj.weight": torch.zeros(32, 3, 2, 8, 8)},
      r"size mismatch for patch_embed.proj.weight: .*\[32, 3, 2, 8, 8\].*\[32, 3, 2, 4, 4\]"),
 ], ids=["missing", "unexpected", "reshaped"])
-def test_files_that_do_not_fit_are_refused_by_name(pretrained, tmp_path, changes, culprit):
-    path = videomae_file(tmp_path / "file.pth", pretrained[1], **changes)
-    with pytest.raises(SystemExit, match=culprit):
-        load_weights(build_model(tiny_config(), 8), path, tiny_config(), None)
+def test_weights_that_do_not_fit_are_refused_by_name(pretrained, tmp_path, changes, culprit):
+    _, source = pretrained
+    config = tiny_config()
+    path = write_official_file(tmp_path / "file.pth", source, **changes)
+    with pytest.raises(UserError, match=culprit):
+        load_weights(build_model(config, 8), path, config, None)
 
 
 def test_another_size_is_refused_by_its_key(pretrained):
+    path, _ = pretrained
     config = tiny_config("model.frames=16", "model.size=64")
-    with pytest.raises(SystemExit, match="model.frames is 16, the checkpoint's 8; model.size is 64, the checkpoint's 32"):
-        load_weights(build_model(config, 8), pretrained[0], config, None)
+    culprit = ("model.frames is 16, the checkpoint's 8; "
+               "model.size is 64, the checkpoint's 32")
+    with pytest.raises(UserError, match=culprit):
+        load_weights(build_model(config, 8), path, config, None)
 
 
-# Augmentation
+# --- How a run begins -------------------------------------------------------
 
 
-@pytest.mark.parametrize("mix", [CutMix(alpha=1.0, num_classes=4), MixUp(alpha=0.8, num_classes=4)], ids=["cutmix", "mixup"])
-def test_mixing_takes_the_same_part_of_all_frames_of_another_video_and_corrects_the_target(mix):
-    """Four videos, two clips of each: a clip's pixels tell which video they are from, its target how much of it."""
+def test_init_is_the_pretraining_of_the_same_presets():
+    for words, expected in (
+            (["toy"], "runs/toy/pretrain/last.pt"),
+            (["toy", "linear"], "runs/toy/pretrain/last.pt"),
+            (["ssv2", "large", "linear"], "runs/ssv2-large/pretrain/last.pt"),
+            (["hmdb51"], "runs/k400/pretrain/last.pt"),
+            (["k400", "finetune.init=scratch"], "scratch"),
+            (["k400", "finetune.init=other.pt"], "other.pt")):
+        assert load_config(words, "finetune")["finetune"]["init"] == expected
+
+
+def test_a_run_begins_in_the_first_of_four_ways_that_applies(pretrained, tmp_path):
+    """All four apply at first; then one after another is taken away."""
+    init, source = pretrained
+    output = tmp_path / "run"
+    output.mkdir()
+    last = output / "last.pt"
+    torch.manual_seed(6)
+    tested = build_model(tiny_config(), 8)
+    save_weights(last, tested.state_dict(), classes=LETTERS, step=4)
+
+    def start(*arguments):
+        """(sentence, weights) of a new model that begins so."""
+        config = tiny_config(f"run.output={output}", *arguments)
+        torch.manual_seed(7)
+        model = build_model(config, 8)
+        sentence = begin(model, config, LETTERS)
+        return sentence, model.state_dict()
+
+    torch.manual_seed(7)
+    random = build_model(tiny_config(), 8).state_dict()
+
+    # 1. A test takes the classifier of this run, or of finetune.init
+    sentence, weights = start("finetune.test_only=true")
+    assert f"all weights, the classifier's too, from {last} after step 4" in sentence
+    assert_equal(weights, tested.state_dict())
+    other = save_weights(tmp_path / "other.pt", random, classes=LETTERS)
+    sentence, weights = start("finetune.test_only=true", f"finetune.init={other}")
+    assert str(other) in sentence
+    assert_equal(weights, random)
+    with pytest.raises(UserError, match="last.pt holds no classifier of these classes"):
+        start("finetune.test_only=true", f"finetune.init={init}")
+
+    # 2. A run with a checkpoint resumes; its weights are loaded with the optimizer, later
+    for choice in ("scratch", init):
+        sentence, weights = start(f"finetune.init={choice}")
+        assert sentence == f"{last}, resumed"
+        assert_equal(weights, random)
+
+    # 3. From scratch
+    last.unlink()
+    sentence, weights = start("finetune.init=scratch")
+    assert sentence == "scratch"
+    assert_equal(weights, random)
+
+    # 4. From the encoder in finetune.init
+    sentence, weights = start(f"finetune.init={init}")
+    assert f"28 tensors of the encoder from {init} after step 1" in sentence
+    for name, tensor in source.encoder.state_dict().items():
+        if not name.startswith("norm."):
+            assert_equal(weights[name], tensor)
+    assert_equal(weights["head.weight"], random["head.weight"])
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, culprit in (
+            ([], "runs/toy/pretrain/last.pt: there is no such checkpoint"),
+            (["finetune.init=gone.pt"], "gone.pt: there is no such checkpoint"),
+            (["finetune.test_only=true"],
+             "runs/toy/finetune/last.pt: there is no such checkpoint")):
+        config = tiny_config(*arguments)
+        with pytest.raises(UserError, match=culprit):
+            begin(build_model(config, 8), config, LETTERS)
+
+
+# --- Augmentation -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [CutMix, MixUp])
+def test_mixing_takes_the_same_part_of_all_frames_of_another_video(kind):
+    """Four videos, two clips of each. A clip's pixels tell which videos it is mixed from.
+
+    Its target must tell how much of each.
+    """
     torch.manual_seed(0)
+    mix = kind(alpha=1.0 if kind is CutMix else 0.8, num_classes=4)
     labels = torch.arange(4).repeat_interleave(2)
-    clips = F.one_hot(labels).float()[:, :3, None, None, None].expand(-1, -1, 4, 16, 16)          # of video 3: black
+    colours = F.one_hot(labels)[:, :3].float()                      # video 3 is black
+    clips = colours[:, :, None, None, None].expand(-1, -1, 4, 16, 16)
     for _ in range(20):
         mixed, targets = train_finetune.mix_videos(clips, labels, [mix], repeats=2)
-        assert (mixed == mixed[:, :, :1]).all()                               # every frame alike
-        torch.testing.assert_close(mixed.mean((2, 3, 4)), targets[:, :3], atol=1e-5, rtol=0)
-        assert targets.sum(1).allclose(torch.ones(8)) and ((targets > 0).sum(1) <= 2).all()
-        if isinstance(mix, CutMix):
-            assert ((mixed == 0) | (mixed == 1)).all()                        # the same box in all colours, nothing blended
+        assert (mixed == mixed[:, :, :1]).all()                     # every frame alike
+        share = mixed.mean((2, 3, 4))
+        torch.testing.assert_close(share, targets[:, :3], atol=1e-5, rtol=0)
+        torch.testing.assert_close(targets.sum(1), torch.ones(8))
+        assert ((targets > 0).sum(1) <= 2).all()
+        if kind is CutMix:
+            assert ((mixed == 0) | (mixed == 1)).all()              # one box, nothing blended
         else:
-            assert (mixed == mixed[..., :1, :1]).all()
-    assert (targets.max(1).values < 1).any()                                  # something was mixed: never a video with itself
+            assert (mixed == mixed[..., :1, :1]).all()              # no box, all blended
+    # Something was mixed, so never a video with itself
+    assert (targets.max(1).values < 1).any()
 
 
 def test_erasing_takes_one_box_in_all_frames():
     torch.manual_seed(0)
-    clip, sizes = torch.zeros(5, 3, 40, 40, dtype=torch.uint8), []
+    clip = torch.zeros(5, 3, 40, 40, dtype=torch.uint8)
+    areas = []
     for _ in range(200):
         erased = data.random_erasing(clip, 1.0)
-        touched = (erased != 0).any(1).any(0)
-        rows, columns = touched.any(1).nonzero(), touched.any(0).nonzero()
-        box = touched[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-        assert box.all() and (erased[:, :, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] != 0).float().mean() > 0.8
-        assert not torch.equal(erased[0], erased[1])                          # the noise itself is new in every frame
-        sizes.append(box.numel() / 1600)
-    assert 0.01 < min(sizes) < 0.05 and 0.25 < max(sizes) < 0.36
-    assert torch.equal(data.random_erasing(clip, 0.0), clip)
+        touched = (erased != 0).any(1).any(0)                       # in some frame, [H, W]
+        rows = touched.any(1).nonzero()
+        columns = touched.any(0).nonzero()
+        box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+        assert touched[box].all()
+        # Noise is rarely black: nearly all values of the box have changed in every frame
+        assert (erased[:, :, *box] != 0).float().mean() > 0.8
+        assert not torch.equal(erased[0], erased[1])                # new noise in every frame
+        areas.append(touched[box].numel() / 1600)
+    assert 0.01 < min(areas) < 0.05
+    assert 0.25 < max(areas) < 0.36
+    assert_equal(data.random_erasing(clip, 0.0), clip)
 
 
 def test_augmentation_is_the_same_in_all_frames():
     frame = torch.randint(0, 256, (1, 3, 60, 80), dtype=torch.uint8)
+    augment = partial(
+        data.finetuning_clip, size=32, flip=True, crop_area=[0.08, 1.0],
+        rand_augment_strength=[4, 7.0], erase=0.0)
     changed = 0
     for seed in range(60):
         torch.manual_seed(seed)
-        clip = data.finetuning_clip(frame.expand(4, -1, -1, -1), 32, True, [0.08, 1.0], [4, 7.0], 0.0)
-        assert clip.shape == (4, 3, 32, 32) and clip.dtype == torch.uint8 and (clip == clip[:1]).all()
+        clip = augment(frame.expand(4, -1, -1, -1))
+        assert clip.shape == (4, 3, 32, 32)
+        assert clip.dtype == torch.uint8
+        assert (clip == clip[:1]).all()
         torch.manual_seed(seed)
         changed += not torch.equal(data.rand_augment(frame, 4, 7.0), frame)
-    assert changed > 45                                                       # all four are left out once in sixteen
+    # All four operations are left out once in sixteen
+    assert changed > 45
 
 
-# Which frames and crops are tested
+# --- Which frames and crops are tested --------------------------------------
 
 
 def test_kinetics_is_tested_on_five_clips_spread_evenly():
     views = data.dense_views(300, 16, 4, 5)
-    assert [view[0] for view in views] == [0, 59, 119, 179, 239]              # 239 + 60 is the last frame
-    assert all(b - a == 4 for view in views for a, b in zip(view, view[1:]))
+    # 239 + 60 is the last frame
+    assert [view[0] for view in views] == [0, 59, 119, 179, 239]
+    for view in views:
+        assert view == list(range(view[0], view[0] + 64, 4))
     assert data.dense_views(300, 16, 4, 1)[0][0] == 119
-    assert data.dense_views(20, 16, 4, 5) == [list(range(0, 64, 4))] * 5      # too short: the reader repeats its last frame
+    # Too short: the reader repeats the last frame
+    assert data.dense_views(20, 16, 4, 5) == [list(range(0, 64, 4))] * 5
 
 
 def test_something_something_is_tested_on_even_frames_interleaved():
     first, second = data.segment_views(64, 16, 2)
-    assert first == list(range(0, 64, 4)) and second == list(range(2, 64, 4))
-    for view in data.segment_views(40, 16, 2) + data.segment_views(40, 16, 1):
-        assert len(view) == 16 and view == sorted(view) and view[-1] < 40
+    assert first == list(range(0, 64, 4))
+    assert second == list(range(2, 64, 4))
     assert data.segment_views(64, 16, 1) == [list(range(2, 64, 4))]
+    for view in data.segment_views(40, 16, 2) + data.segment_views(40, 16, 1):
+        assert len(view) == 16
+        assert view == sorted(view)
+        assert view[-1] < 40
 
 
 def test_segments_give_one_random_frame_each():
     clips = [data.segment_clips(64, 16)[0] for _ in range(200)]
-    assert all(4 * i <= frame < 4 * i + 4 for clip in clips for i, frame in enumerate(clip))
+    for clip in clips:
+        assert [frame // 4 for frame in clip] == list(range(16))
     assert {clip[3] for clip in clips} == {12, 13, 14, 15}
 
 
 def test_crops_go_from_end_to_end_of_the_long_side():
-    columns = torch.arange(160.0).expand(1, 3, 100, 160)
-    crops = data.spatial_views(columns, 100, 3)
-    assert crops.shape == (3, 1, 3, 100, 100) and [crop[0, 0, 0, 0].item() for crop in crops] == [0, 30, 60]
-    assert data.spatial_views(columns.transpose(2, 3), 50, 3).shape == (3, 1, 3, 50, 50)
-    assert data.spatial_views(columns, 100, 1)[0, 0, 0, 0, 0].item() == 30
+    wide = torch.arange(160.0).expand(1, 3, 100, 160)       # a pixel holds its column
+    crops = data.spatial_views(wide, 100, 3)
+    assert crops.shape == (3, 1, 3, 100, 100)
+    assert crops[:, 0, 0, 0, 0].tolist() == [0, 30, 60]
+    assert data.spatial_views(wide, 100, 1)[0, 0, 0, 0, 0].item() == 30
+    high = wide.transpose(2, 3)
+    assert data.spatial_views(high, 50, 3).shape == (3, 1, 3, 50, 50)
 
 
 def test_presets_have_the_protocols_sampling_and_views():
-    k400, ssv2 = load_config(["k400"], "finetune"), load_config(["ssv2"], "finetune")
-    assert [k400["finetune"][key] for key in ("sampling", "flip", "test_clips", "test_crops")] == ["dense", True, 5, 3]
-    assert [ssv2["finetune"][key] for key in ("sampling", "flip", "test_clips", "test_crops")] == ["segments", False, 2, 3]
-    assert k400["finetune"]["init"] == "runs/k400/pretrain/last.pt"
-    assert load_config(["ssv2", "large", "linear"], "finetune")["finetune"]["init"] == "runs/ssv2-large/pretrain/last.pt"
+    keys = ("sampling", "flip", "test_clips", "test_crops")
+    k400 = load_config(["k400"], "finetune")["finetune"]
+    ssv2 = load_config(["ssv2"], "finetune")["finetune"]
+    assert [k400[key] for key in keys] == ["dense", True, 5, 3]
+    assert [ssv2[key] for key in keys] == ["segments", False, 2, 3]
 
 
-# The test
-
-
-def test_probabilities_of_views_are_averaged_and_unreadable_videos_count_as_wrong(toy):
-    class Looks(torch.nn.Module):
-        def forward(self, video):
-            return torch.stack([video.mean((1, 2, 3, 4)) * 9, video[:, 0].mean((1, 2, 3)), video.std((1, 2, 3, 4))], 1)
-
-    config = tiny_config(*toy)
-    entries = data.read_annotations(toy[2].partition("=")[2])[0]
-    results = evaluate(Looks(), entries, config, HERE, mixed_precision("fp32", HERE.device)[0], 3, 2)
-    assert [i for i, _, _ in results] == list(range(13))
-    for i, probabilities, reason in results:
-        if i == 4:
-            assert probabilities is None and "00004.mp4" in reason
-            continue
-        clips = data.read_clips(entries[i][0], partial(data.dense_views, frames=8, stride=1, clips=3))
-        views = torch.cat([data.spatial_views(clip.permute(0, 3, 1, 2), 32, 2) for clip in clips]).transpose(1, 2)
-        assert len(views) == 6
-        torch.testing.assert_close(probabilities, Looks()(data.normalise(views, "cpu")).softmax(1).mean(0))
-
-    certain = [(i, None, "broken") if i == 4 else (i, F.one_hot(torch.tensor(entries[i][1]), 8).float(), None) for i in range(13)]
-    scores = accuracy(certain, entries, list("abcdefgh"))
-    assert scores["top1"] == scores["top5"] == pytest.approx(100 * 12 / 13) and scores["unreadable"] == ["broken"]
-    assert scores["per_class"]["e"] == 50 and scores["per_class"]["a"] == 100      # 4 and 12 are of class e
+# --- The test ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def finetuned(toy, pretrained, tmp_path_factory):
+def lists(toy, tmp_path_factory):
+    """The settings of a toy set of which one validation video, number 4, is unreadable."""
+    copy = tmp_path_factory.mktemp("toy") / "damaged"
+    shutil.copytree(toy, copy)
+    (copy / "val" / "00004.mp4").write_text("hello")
+    return toy_lists(copy)
+
+
+class Looks(torch.nn.Module):
+    """Three logits that depend on the view."""
+
+    def forward(self, video):
+        brightness = video.mean((1, 2, 3, 4)) * 9
+        red = video[:, 0].mean((1, 2, 3))
+        contrast = video.std((1, 2, 3, 4))
+        return torch.stack([brightness, red, contrast], 1)
+
+
+@pytest.mark.parametrize("max_batch", [0, 4])       # 4: fewer than the views of a video
+def test_probabilities_of_views_are_averaged(lists, max_batch):
+    config = tiny_config(*lists, "run.workers=0", f"run.max_batch={max_batch}")
+    _, entries, _ = data.read_lists(config["data"])
+    results = evaluate(Looks(), entries, config, Machine(config["run"]), clips=3, crops=2)
+    assert [result.entry for result in results] == entries
+    choose = partial(data.dense_views, frames=8, stride=1, clips=3)
+    for i, (entry, probabilities, unreadable) in enumerate(results):
+        if i == 4:
+            assert probabilities is None
+            assert "00004.mp4" in unreadable
+            continue
+        views = []
+        for clip in data.read_clips(entry.path, choose):            # [T, H, W, 3]
+            views.extend(data.spatial_views(clip.permute(0, 3, 1, 2), 32, 2))
+        views = torch.stack(views).transpose(1, 2)                  # [6, 3, T, 32, 32]
+        assert len(views) == 6
+        expected = Looks()(data.normalise(views, "cpu")).softmax(1).mean(0)
+        torch.testing.assert_close(probabilities, expected)
+        assert unreadable is None
+
+
+def test_unreadable_videos_count_as_wrong():
+    """13 videos of classes a to h; all answers are right but for number 4, of class e."""
+    results = []
+    for i in range(13):
+        answer = F.one_hot(torch.tensor(i % 8), 8).float()
+        results.append(Result(data.Entry(f"{i}.mp4", i % 8), answer, None))
+    results[4] = results[4]._replace(probabilities=None, unreadable="broken")
+    scores = accuracy(results, LETTERS)
+    assert scores["top1"] == scores["top5"] == pytest.approx(100 * 12 / 13)
+    assert scores["unreadable"] == ["broken"]
+    expected = dict.fromkeys(LETTERS, 100)
+    expected["e"] = 50                              # number 12 is of class e, too
+    assert scores["per_class"] == expected
+
+
+@pytest.fixture(scope="module")
+def reference(lists, pretrained, tmp_path_factory):
+    """An undisturbed run: (folder, its command line, its checkpoint, what it printed)."""
+    init, _ = pretrained
     output = tmp_path_factory.mktemp("runs") / "reference"
-    arguments = [*toy, f"finetune.init={pretrained[0]}", "finetune.mixup=0.8", "finetune.cutmix=1.0", "finetune.drop_path=0.2",
-                 "finetune.clips_per_video=2"]
-    code, out, err = finetune(output, *arguments)
-    assert code == 0, err
-    return output, arguments, out
+    arguments = [*lists, f"finetune.init={init}", "finetune.mixup=0.8", "finetune.cutmix=1.0",
+                 "finetune.drop_path=0.2", "finetune.clips_per_video=2", "finetune.epochs=3"]
+    checkpoint, printed, _ = finetune(output, *arguments)
+    return output, arguments, checkpoint, printed
 
 
-def results_of(output):
-    table = list(csv.reader((output / "predictions.csv").open()))
-    return json.loads((output / "results.json").read_text()), table
+def read_results(output):
+    """(content of results.json, rows of predictions.csv)"""
+    with open(output / "predictions.csv") as file:
+        rows = list(csv.reader(file))
+    return json.loads((output / "results.json").read_text()), rows
 
 
-def test_finetuning_writes_results(finetuned):
-    output, _, printed = finetuned
-    assert "28 tensors of the encoder" in printed and "1 of them unreadable and counted as wrong" in printed
-    results, table = results_of(output)
-    assert results["videos"] == 13 and len(results["unreadable"]) == 1 and results["views"] == "2 clips x 1 crops"
-    assert results["weights"].endswith("last.pt, the last weights") and (output / "best.pt").exists()
-    assert len(table) == 14 and len({row[0] for row in table}) == 14 and table[1][1] == "left" and table[1][2] in data.TOY_CLASSES
-    assert len(table[5]) == 2                                                 # the unreadable one has no prediction
-    assert (output / "confusion.png").stat().st_size > 0
+@pytest.mark.slow
+def test_finetuning_writes_results(reference):
+    output, _, checkpoint, printed = reference
+    assert "28 tensors of the encoder" in printed
+    assert "1 of them unreadable and counted as wrong" in printed
+    assert checkpoint["step"] == 9
+    assert (output / "best.pt").exists()
+
+    results, rows = read_results(output)
+    assert results["videos"] == 13
+    assert len(results["unreadable"]) == 1
+    assert results["views"] == "2 clips x 1 crops"
+    assert results["weights"].endswith("last.pt, the last weights")
+    header, *videos = rows
+    assert header[:4] == ["path", "label", "class1", "probability1"]
+    assert len(videos) == len({row[0] for row in videos}) == 13
+    assert videos[0][1] == "left"
+    assert videos[0][2] in data.TOY_CLASSES
+    assert len(videos[4]) == 2                      # the unreadable one has no prediction
+
     lines = [json.loads(line) for line in (output / "log.jsonl").open()]
-    assert [line["step"] for line in lines if "top1" in line] == [3, 6] and len(lines) == 8
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 10))
+    assert [line["step"] for line in lines if "top1" in line] == [3, 6, 9]
+    assert len(lines) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
-def test_every_video_is_tested_once_by_any_number_of_processes(finetuned, toy, tmp_path, processes):
-    output, arguments, _ = finetuned
-    code, out, err = finetune(tmp_path, *arguments, f"finetune.init={output / 'last.pt'}", "finetune.test_only=true", processes=processes)
-    assert code == 0, err
-    (results, table), (alone, table_alone) = results_of(tmp_path), results_of(output)
-    assert results["top1"] == alone["top1"] and results["per_class"] == alone["per_class"] and len(table) == 14
-    for row, row_alone in zip(table[1:], table_alone[1:]):
+def test_every_video_is_tested_once_by_any_number_of_processes(reference, tmp_path, processes):
+    output, arguments, _, _ = reference
+    finetune(tmp_path / "test", *arguments, f"finetune.init={output / 'last.pt'}",
+             "finetune.test_only=true", processes=processes)
+    results, rows = read_results(tmp_path / "test")
+    results_alone, rows_alone = read_results(output)
+    assert results["top1"] == results_alone["top1"]
+    assert results["per_class"] == results_alone["per_class"]
+    assert len(rows) == len(rows_alone) == 14
+    for row, row_alone in zip(rows[1:], rows_alone[1:]):
         assert row[:2] == row_alone[:2]
-        assert [float(p) for p in row[3::2]] == pytest.approx([float(p) for p in row_alone[3::2]], abs=1e-3)
+        probabilities = [float(text) for text in row[3::2]]
+        expected = [float(text) for text in row_alone[3::2]]
+        assert probabilities == pytest.approx(expected, abs=1e-3)
 
 
-def test_resumed_finetuning_equals_uninterrupted(finetuned, tmp_path):
-    output, arguments, _ = finetuned
-    code, out, err = finetune(tmp_path, *arguments, "run.save_minutes=0", "run.workers=2")
-    assert code == 0, err
-    (tmp_path / "previous.pt").replace(tmp_path / "last.pt")                  # as if killed before the last step was saved
-    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
-    code, out, err = finetune(tmp_path, *arguments)
-    assert code == 0 and f"going on from step {step}" in out and step < 6
-    resumed, whole = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path, output))
-    torch.testing.assert_close(resumed["model"], whole["model"], rtol=0, atol=0)
-    torch.testing.assert_close(resumed["optimizer"]["state"], whole["optimizer"]["state"], rtol=0, atol=0)
-    assert results_of(tmp_path)[1] == results_of(output)[1]
+@pytest.mark.slow
+def test_resumed_finetuning_equals_uninterrupted(reference, tmp_path):
+    """Killed in the first epoch and again in the second, with other numbers of workers."""
+    reference_output, arguments, reference_checkpoint, _ = reference
+    output = tmp_path / "run"
+    for workers, log_lines in ((2, 2), (1, 5)):     # the fourth line is the first validation
+        script = Script("train_finetune.py", *arguments, f"run.workers={workers}",
+                        "run.save_minutes=0", output=output)
+        script.wait_for_steps(log_lines)
+        script.kill()
+    step = torch.load(output / "last.pt", weights_only=True)["step"]
+    assert 3 <= step < 9
+
+    checkpoint, printed, _ = finetune(output, *arguments)
+    assert f"from step {step}" in printed
+    for key in ("model", "optimizer", "step", "tried", "unreadable"):
+        assert_equal(checkpoint[key], reference_checkpoint[key])
+    best = torch.load(output / "best.pt", weights_only=True)
+    reference_best = torch.load(reference_output / "best.pt", weights_only=True)
+    assert_equal(best["model"], reference_best["model"])
+    assert best["top1"] == reference_best["top1"]
+    assert read_results(output)[1] == read_results(reference_output)[1]

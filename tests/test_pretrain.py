@@ -1,11 +1,9 @@
-"""Configuration, processes started as a user would, and what they leave on disk."""
+"""Settings and the schedule, and what runs of train_pretrain.py leave behind."""
 
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,222 +13,489 @@ import yaml
 import data
 import train_pretrain
 from arvideo import ARVideo
-from train_pretrain import load_config
-
-ROOT = Path(__file__).parent.parent
-TINY = ["model.width=32", "model.depth=2", "model.heads=2", "model.decoder_width=24", "model.decoder_depth=1",
-        "model.decoder_heads=2", "pretrain.batch=8", "pretrain.epochs=2", "pretrain.warmup_epochs=0",
-        "pretrain.keep_epochs=1", "run.workers=1", "run.device=cpu"]
+from conftest import ROOT, TINY, Script, assert_equal, pretrain, toy_lists
+from data import UserError, stream_seed
+from train_pretrain import Machine, load_config, make_optimizer, make_plan, micro_batch_rows
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    root = tmp_path_factory.mktemp("toy") / "set"
-    data.make_toy_set(root, {"train": 24, "val": 8})
-    return [f"data.root={root}", f"data.train={root / 'train.txt'}", f"data.val={root / 'val.txt'}"]
-
-
-def start(arguments, processes=0, **options):
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen([*launcher, "train_pretrain.py", *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
-
-
-def run(arguments, processes=0):
-    process = start(arguments, processes)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def train(output, *arguments, processes=0):
-    code, out, err = run([*TINY, *arguments, f"run.output={output}"], processes)
-    assert code == 0, err
-    return torch.load(Path(output, "last.pt"), weights_only=True), out
+def call_main(monkeypatch, *arguments):
+    """The command `python train_pretrain.py arguments`, in the test's own process."""
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", *map(str, arguments)])
+    train_pretrain.main()
 
 
 def log_of(output, *keys):
-    lines = [json.loads(line) for line in Path(output, "log.jsonl").read_text().splitlines()]
-    return [[line[key] for key in keys] for line in lines]
+    """These values of every line of a run's log."""
+    lines = Path(output, "log.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return [[entry[key] for key in keys] for entry in entries]
 
 
-@pytest.fixture(scope="module")
-def reference(toy, tmp_path_factory):
-    """An undisturbed run of 6 steps: (folder, checkpoint, what it printed)."""
-    output = tmp_path_factory.mktemp("runs") / "reference"
-    return output, *train(output, *toy)
-
-
-# Configuration
+# --- Settings ---------------------------------------------------------------
 
 
 def test_presets_and_overrides():
-    config = load_config(["ssv2", "large", "pretrain.lr=1e-3", "data.root=a = b: c", "model.cluster=[4, 7, 7]"], "pretrain")
-    assert config["data"]["stride"] == 2 and config["finetune"]["flip"] is False
-    assert config["model"]["width"] == 1024 and config["model"]["cluster"] == [4, 7, 7]
-    assert config["pretrain"]["lr"] == 1e-3 and config["data"]["root"] == "a = b: c"
+    config = load_config(
+        ["ssv2", "large", "pretrain.lr=1e-3", "data.root=a = b: c", "model.cluster=[4, 7, 7]"],
+        "pretrain")
+    # From ssv2
+    assert config["data"]["stride"] == 2
+    assert config["finetune"]["flip"] is False
+    # From large
+    assert config["model"]["width"] == 1024
+    # From the command line
+    assert config["model"]["cluster"] == [4, 7, 7]
+    assert config["pretrain"]["lr"] == 1e-3
+    assert config["data"]["root"] == "a = b: c"
+    # From the presets' names
     assert config["run"]["output"] == "runs/ssv2-large/pretrain"
+    assert config["finetune"]["init"] == "runs/ssv2-large/pretrain/last.pt"
+
+
+def test_the_default_preset_is_toy():
     assert load_config([], "pretrain") == load_config(["toy"], "pretrain")
 
 
 def test_the_model_section_is_the_papers_model():
-    paper = load_config(["k400"], "pretrain")["model"]
+    section = load_config(["k400"], "pretrain")["model"]
     with torch.device("meta"):
-        here, there = ARVideo(**paper), ARVideo()
-    assert str(here) == str(there) and here.decoder_mask.shape == there.decoder_mask.shape
+        configured = ARVideo(**section)
+        paper = ARVideo()
+    assert str(configured) == str(paper)
+    assert configured.decoder_mask.shape == paper.decoder_mask.shape
 
 
-@pytest.mark.parametrize("arguments, culprit", [
-    (["ssv3"], "preset 'ssv3' is unknown; did you mean 'ssv2'"),
-    (["pretrian.lr=1"], "section 'pretrian' is unknown; did you mean 'pretrain'"),
-    (["pretrain.batchsize=1"], "key of section pretrain 'batchsize' is unknown; did you mean 'batch'"),
-    (["pretrain.batch=many"], "pretrain.batch must be of kind int, like 32; found 'many'"),
-    (["pretrain.batch=1.5"], "pretrain.batch must be of kind int"),
-    (["pretrain.lr=fast"], "pretrain.lr must be of kind float"),
-    (["pretrain.flip=1"], "pretrain.flip must be of kind bool"),
-    (["model.cube=[2, 16]"], "model.cube must be a list of 3"),
-    (["model.cube=[2, 16, x]"], "model.cube must be of kind int"),
-    (["model.cube=[2, 16"], "model.cube must be a list of 3"),
-    (["batch=3"], "'batch=3' is not of the form section.key=value"),
-])
-def test_mistyped_arguments_name_what_was_meant(arguments, culprit):
-    with pytest.raises(SystemExit, match=culprit.replace("[", r"\[")):
-        load_config(arguments, "pretrain")
+MISTAKES = [
+    ("ssv3", "preset 'ssv3' is unknown; did you mean 'ssv2'"),
+    ("pretrian.lr=1", "section 'pretrian' is unknown; did you mean 'pretrain'"),
+    ("pretrain.batchsize=1",
+     "key of section pretrain 'batchsize' is unknown; did you mean 'batch'"),
+    ("pretrain.batch=many", "pretrain.batch must be of kind int, like 32; found 'many'"),
+    ("pretrain.batch=1.5", "pretrain.batch must be of kind int"),
+    ("pretrain.lr=fast", "pretrain.lr must be of kind float"),
+    ("pretrain.flip=1", "pretrain.flip must be of kind bool"),
+    ("model.cube=[2, 16]", "model.cube must be a list of 3"),
+    ("model.cube=[2, 16, x]", "model.cube must be of kind int"),
+    ("model.cube=[2, 16", "model.cube must be a list of 3"),
+    ("batch=3", "'batch=3' is not of the form section.key=value"),
+]
 
 
-def test_help_and_show_print_and_exit(capsys):
-    for arguments in (["--help"], ["k400", "run.seed=3", "--show"]):
-        with pytest.raises(SystemExit) as ended:
-            load_config(arguments, "pretrain")
-        assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert "presets: toy, k400, ssv2" in printed and "pretrain: epochs, batch" in printed
-    shown = yaml.safe_load(printed[printed.index("\ndata: {"):])
+@pytest.mark.parametrize("argument, culprit", MISTAKES)
+def test_mistyped_arguments_name_what_was_meant(argument, culprit):
+    with pytest.raises(UserError) as refused:
+        load_config([argument], "pretrain")
+    assert culprit in str(refused.value)
+
+
+def test_a_command_ends_with_the_sentence_of_its_error(monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        call_main(monkeypatch, "ssv3")
+    # Python prints a text on stderr and exits with 1
+    assert str(ended.value.code).startswith("preset 'ssv3' is unknown")
+
+
+def test_help_prints_presets_and_keys(monkeypatch, capsys):
+    for argument in ("--help", "-h"):
+        call_main(monkeypatch, "k400", argument)
+        printed = capsys.readouterr().out
+        assert "presets: toy, k400, ssv2" in printed
+        assert "pretrain: epochs, batch" in printed
+
+
+def test_show_prints_the_settings_that_result(monkeypatch, capsys):
+    call_main(monkeypatch, "k400", "run.seed=3", "--show")
+    shown = yaml.safe_load(capsys.readouterr().out)
     assert shown == load_config(["k400", "run.seed=3"], "pretrain")
 
 
+def test_a_settings_file_is_a_preset(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("data: {stride: 3}\npretrain:\n  lr: 1e-3\n  batch: 64\n")
+    config = load_config(["ssv2", str(mine), "pretrain.batch=48"], "pretrain")
+    # It changes what the preset before it says, and the command line changes it
+    assert config["data"]["stride"] == 3
+    assert config["data"]["train"] == "train.json"
+    assert config["pretrain"]["lr"] == 1e-3
+    assert config["pretrain"]["batch"] == 48
+    assert config["run"]["output"] == "runs/ssv2-mine/pretrain"
+
+
+def test_a_runs_saved_settings_are_a_settings_file(tmp_path):
+    config = load_config(["ssv2", "large", "pretrain.lr=1e-5", "data.root=a: b"], "pretrain")
+    saved = tmp_path / "config.yaml"
+    saved.write_text(train_pretrain.as_yaml(config))
+    assert load_config([str(saved)], "pretrain") == config
+
+
+FILE_MISTAKES = [
+    ("pretrian: {lr: 1.0}", "section 'pretrian' is unknown; did you mean 'pretrain'"),
+    ("pretrain: {batchsize: 1}", "'batchsize' is unknown; did you mean 'batch'"),
+    ("pretrain: {batch: many}", "pretrain.batch must be of kind int, like 1024; found 'many'"),
+    ("pretrain: {epochs: 0}", "pretrain.epochs=0: it must be greater than 0"),
+    ("run:\n  seed: 1\n output: x", "mine.yaml, line 3: "),
+    ("", "mine.yaml: expected sections of settings, as in config.yaml"),
+    ("[pretrain, data]", "mine.yaml: expected sections of settings"),
+    ("pretrain: 3", "mine.yaml: expected sections of settings"),
+    ("batch: 64", "mine.yaml: expected sections of settings"),
+]
+
+
+@pytest.mark.parametrize("text, culprit", FILE_MISTAKES)
+def test_mistakes_in_a_settings_file_are_named(tmp_path, text, culprit):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config([str(mine)], "pretrain")
+    assert culprit in str(refused.value)
+
+
+def test_an_absent_settings_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="absent.yaml: No such file"):
+        load_config([str(tmp_path / "absent.yaml")], "pretrain")
+
+
 def test_presets_say_only_what_differs():
-    base = train_pretrain.read_config_file()
-    for preset, sections in base["presets"].items():
+    base = train_pretrain.read_settings(train_pretrain.CONFIG)
+    for preset, sections in base.pop("presets").items():
         for section, changes in sections.items():
             same = [key for key, value in changes.items() if base[section][key] == value]
             assert not same, f"{preset}: {section}.{', '.join(same)}"
 
 
 def test_every_key_of_the_configuration_is_read():
-    """No flag that nobody reads. The keys of `model` are ARVideo's arguments, checked above."""
-    source = "".join((ROOT / name).read_text() for name in ("train_pretrain.py", "train_finetune.py"))
+    """No setting that nobody reads. The keys of `model` are ARVideo's arguments, checked above."""
+    read_in_a_loop = {"mixup", "cutmix"}
+    names = ("data.py", "train_pretrain.py", "train_finetune.py")
+    source = "".join((ROOT / name).read_text() for name in names)
     config = load_config([], "pretrain")
     for section in ("data", "pretrain", "finetune", "run"):
         for key in config[section]:
-            assert f'"{key}"' in source or f"'{key}'" in source, f"nobody reads {section}.{key}"
+            is_read = f'["{key}"]' in source or f"['{key}']" in source
+            assert is_read or key in read_in_a_loop, f"nobody reads {section}.{key}"
 
 
-# Schedule, batch, groups
+# --- Schedule, batch and parameters -----------------------------------------
+
+
+def plan_of(*arguments, videos=10000, world_size=1):
+    config = load_config(["k400", *arguments], "pretrain")
+    return make_plan(config, "pretrain", videos, world_size)
 
 
 def test_learning_rate_is_linear_then_a_cosine():
-    rates = [train_pretrain.learning_rate(step, 100, 10, 2.0, 0.5) for step in range(101)]
-    assert rates[0] == 0 and rates[5] == 1.0 and rates[10] == 2.0
-    assert rates[55] == pytest.approx(1.25) and rates[100] == pytest.approx(0.5)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    plan = plan_of(
+        "pretrain.batch=512", "pretrain.epochs=10", "pretrain.warmup_epochs=1",
+        "pretrain.lr=1.0", "pretrain.min_lr=0.25", videos=5200)
+    assert plan.steps_per_epoch == 10
+    assert plan.steps == 100
+    rates = [train_pretrain.learning_rate(step, plan) for step in range(101)]
+    assert rates[0] == 0
+    assert rates[5] == 1.0
+    assert rates[10] == 2.0                         # 1.0 x 512 / 256
+    assert rates[55] == pytest.approx(1.25)
+    assert rates[100] == pytest.approx(0.5)         # 0.25 x 512 / 256
+    for earlier, later in zip(rates[10:], rates[11:]):
+        assert earlier > later
 
 
-def test_global_batch_is_shared():
-    def split(batch, world, limit):
-        return train_pretrain.split_batch(batch, train_pretrain.Process(0, world, None), limit, 10000, "pretrain.batch")
+@pytest.mark.parametrize("world_size, max_batch, micro_batch, accumulation", [
+    (8, 0, 128, 1),
+    (8, 48, 32, 4),         # the greatest divisor of 128 that is at most 48
+    (1, 1, 1, 1024),
+])
+def test_the_global_batch_is_shared(world_size, max_batch, micro_batch, accumulation):
+    plan = plan_of(f"run.max_batch={max_batch}", world_size=world_size)
+    assert plan.batch == 1024
+    assert plan.micro_batch == micro_batch
+    assert plan.accumulation == accumulation
 
-    assert split(1024, 8, 0) == (128, 1) and split(1024, 8, 48) == (32, 4) and split(1024, 1, 1) == (1, 1024)
-    with pytest.raises(SystemExit, match="pretrain.batch=1024 cannot be shared evenly by 6 processes: try pretrain.batch=1020"):
-        split(1024, 6, 0)
-    with pytest.raises(SystemExit, match="pretrain.batch=16384 is more than the 10000 videos"):
-        split(16384, 8, 0)
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(UserError, match="batch=1024 cannot be shared evenly by 6 processes"):
+        plan_of(world_size=6)
+    with pytest.raises(UserError, match="batch=16384 is more than the 10000 videos"):
+        plan_of("pretrain.batch=16384", world_size=8)
+
+
+def test_each_rank_holds_the_rows_of_every_second_video():
+    plan = plan_of("pretrain.batch=4", "pretrain.clips_per_video=2", world_size=2)
+    rank0, = micro_batch_rows(plan, rank=0, world_size=2)
+    rank1, = micro_batch_rows(plan, rank=1, world_size=2)
+    assert rank0.tolist() == [0, 1, 4, 5]
+    assert rank1.tolist() == [2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("max_batch", [0, 1])
+def test_rows_of_all_ranks_make_the_global_batch(world_size, max_batch):
+    plan = plan_of(
+        "pretrain.batch=8", "pretrain.clips_per_video=2", f"run.max_batch={max_batch}",
+        videos=20, world_size=world_size)
+
+    def videos_read(rank, world_size):
+        """The entries that a process reads in the first step."""
+        order = data.training_order(20, plan.batch, 0, 1, 0, rank, world_size)
+        return [i for _, i in order]
+
+    global_batch = videos_read(rank=0, world_size=1)
+    all_rows = []
+    for rank in range(world_size):
+        micro_batches = micro_batch_rows(plan, rank, world_size)
+        assert len(micro_batches) == plan.accumulation
+        for rows in micro_batches:
+            assert len(rows) == plan.micro_batch * plan.repeats
+        # They name the clips that this rank reads, in the order in which it reads them
+        rows = torch.cat(micro_batches).tolist()
+        clips = [video for video in videos_read(rank, world_size) for _ in range(plan.repeats)]
+        assert clips == [global_batch[row // plan.repeats] for row in rows]
+        all_rows += rows
+    assert sorted(all_rows) == list(range(plan.batch * plan.repeats))
 
 
 def test_no_weight_decay_on_vectors():
     model = ARVideo(**load_config([], "pretrain")["model"])
-    decayed, free = train_pretrain.adamw(model, dict(weight_decay=0.05, betas=[0.9, 0.95]), torch.device("cpu")).param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
-    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
-    assert {"decoder.query", "encoder.norm.weight", "encoder.blocks.0.attn.q_bias"} <= {names[id(p)] for p in free["params"]}
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    settings = dict(weight_decay=0.05, betas=[0.9, 0.95])
+    optimizer = make_optimizer(model, settings, torch.device("cpu"))
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    names = {}
+    for group in optimizer.param_groups:
+        names[group["weight_decay"]] = [name_of[id(p)] for p in group["params"]]
+    assert list(names) == [0.05, 0.0]
+    for name in names[0.05]:
+        assert name.endswith("weight") and "norm" not in name
+    some_vectors = {"decoder.query", "encoder.norm.weight", "encoder.blocks.0.attn.q_bias"}
+    assert some_vectors <= set(names[0.0])
+    assert len(names[0.05]) + len(names[0.0]) == len(name_of)
 
 
-# Runs
+def test_every_purpose_has_a_random_stream_of_its_own():
+    streams = [
+        (0, "sample", 0, 5),
+        (0, "sample", 5),
+        (0, "sample", 5, 0),
+        (0, "sample", 0, 50),
+        (0, "sample", 0, 0, 5),
+        (1, "sample", 0, 5),
+        (0, "epoch", 0, 5),
+        (0, "epoch", 5),
+        (0, "epoch"),
+        (0, "sample"),
+    ]
+    assert len({stream_seed(*stream) for stream in streams}) == len(streams)
+    # The same in every process and in every version of this file, so that results stay
+    assert stream_seed(0, "sample", 0, 5) == 62773012501368414
 
 
-def test_a_run_leaves_checkpoint_log_and_pictures(reference, toy):
+# --- What a run leaves ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(toy, tmp_path_factory):
+    """An undisturbed run of 6 steps: (folder, checkpoint, what it printed)."""
+    output = tmp_path_factory.mktemp("runs") / "reference"
+    checkpoint, printed, _ = pretrain(output, *toy_lists(toy), "pretrain.keep_epochs=1")
+    return output, checkpoint, printed
+
+
+@pytest.mark.slow
+def test_a_run_leaves_checkpoints_log_and_pictures(reference):
     output, checkpoint, printed = reference
-    assert sorted(path.name for path in output.iterdir() if "events" not in path.name) == [
-        "config.yaml", "epoch_0001.pt", "epoch_0002.pt", "last.pt", "log.jsonl", "predictions_0002.png", "previous.pt"]
-    torch.testing.assert_close(torch.load(output / "epoch_0002.pt", weights_only=True)["model"], checkpoint["model"], rtol=0, atol=0)
+    names = [path.name for path in output.iterdir() if "events" not in path.name]
+    assert sorted(names) == [
+        "config.yaml", "epoch_0001.pt", "epoch_0002.pt", "last.pt", "lock", "log.jsonl",
+        "predictions_0002.png"]
+    assert checkpoint["step"] == 6
+    assert "encoder.blocks.1.attn.qkv.weight" in checkpoint["model"]
+    kept = torch.load(output / "epoch_0002.pt", weights_only=True)
+    assert_equal(kept["model"], checkpoint["model"])
     assert yaml.safe_load((output / "config.yaml").read_text()) == checkpoint["config"]
-    assert checkpoint["step"] == 6 and "encoder.blocks.1.attn.qkv.weight" in checkpoint["model"]
-    assert log_of(output, "step", "epoch") == [[i + 1, i // 3 + 1] for i in range(6)]
-    assert {"loss", "lr", "clips_per_second", "data_share"} <= set(json.loads((output / "log.jsonl").open().readline()))
-    assert "8 = 1 processes x 1 accumulation steps x 8 videos" in printed and f"lr {0.006 * 8 / 256:.3g} = 0.006 x 8 / 256" in printed
-    code, out, err = run([*TINY, *toy, f"run.output={output}"])
-    assert code == 0 and "already finished" in out and "step/s" not in err
+    steps = [[1, 1], [2, 1], [3, 1], [4, 2], [5, 2], [6, 2]]
+    assert log_of(output, "step", "epoch") == steps
+    first_line = json.loads((output / "log.jsonl").read_text().splitlines()[0])
+    assert {"loss", "lr", "norm", "clips_per_second", "data_share"} <= set(first_line)
+    assert "8 = 1 processes x 1 accumulation steps x 8 videos" in printed
+    assert f"lr {0.006 * 8 / 256:.3g} = 0.006 x 8 / 256" in printed
+
+
+@pytest.mark.slow
+def test_a_finished_run_trains_no_further(reference, monkeypatch, capsys):
+    output, _, _ = reference
+    before = (output / "last.pt").read_bytes()
+    call_main(monkeypatch, output / "config.yaml")       # this run's own settings
+    printed = capsys.readouterr()
+    assert "already finished" in printed.out
+    assert "step/s" not in printed.err
+    assert (output / "last.pt").read_bytes() == before
+
+
+def train_here(toy, output, *arguments):
+    """Train in the test's own process, on 13 videos, of which 8 make an epoch of one step."""
+    videos = toy / "val.txt"
+    config = load_config(
+        [*TINY, f"data.train={videos}", f"data.val={videos}", "run.workers=0",
+         "pretrain.keep_epochs=0", f"run.output={output}", *arguments], "pretrain")
+    train_pretrain.pretrain(config)
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """[(file, step or None), ...] of the checkpoints written from now on."""
+    written = []
+    save = train_pretrain.save_checkpoint
+
+    def save_and_record(path, content):
+        written.append((path.name, content.get("step")))
+        save(path, content)
+
+    monkeypatch.setattr(train_pretrain, "save_checkpoint", save_and_record)
+    return written
+
+
+def test_many_short_epochs_write_the_last_checkpoint_once(toy, tmp_path, saved):
+    train_here(toy, tmp_path, "pretrain.epochs=8", "run.save_minutes=1000")
+    assert saved == [("last.pt", 8)]
+
+
+def test_without_minutes_between_them_a_checkpoint_follows_every_step(toy, tmp_path, saved):
+    train_here(toy, tmp_path, "pretrain.epochs=4", "run.save_minutes=0")
+    assert saved == [("last.pt", 1), ("last.pt", 2), ("last.pt", 3), ("last.pt", 4)]
+
+
+def test_weights_of_some_epochs_are_kept(toy, tmp_path, saved):
+    train_here(
+        toy, tmp_path, "pretrain.epochs=5", "pretrain.keep_epochs=2", "run.save_minutes=1000")
+    assert saved == [("epoch_0002.pt", None), ("epoch_0004.pt", None), ("last.pt", 5)]
+    early = torch.load(tmp_path / "epoch_0002.pt", weights_only=True)
+    late = torch.load(tmp_path / "epoch_0004.pt", weights_only=True)
+    assert early["epoch"] == 2
+    assert late["epoch"] == 4
+    name = "encoder.norm.weight"
+    assert not torch.equal(early["model"][name], late["model"][name])
+
+
+def test_every_clip_of_every_step_has_a_draw_of_its_own(toy, tmp_path, monkeypatch):
+    drawn = []
+
+    class Recorder(ARVideo):
+        def forward(self, video, order, visible):
+            drawn.append(visible.flatten(1))
+            return super().forward(video, order, visible)
+
+    monkeypatch.setattr(train_pretrain, "ARVideo", Recorder)
+    train_here(toy, tmp_path, "pretrain.epochs=3", "pretrain.clips_per_video=2")
+    drawn = torch.cat(drawn)
+    assert len(drawn) == 3 * 8 * 2          # steps x videos x clips
+    assert len(drawn.unique(dim=0)) == len(drawn)
+
+
+# --- Equal runs -------------------------------------------------------------
 
 
 def assert_same_training(output, checkpoint, reference, exact):
-    there, expected, _ = reference
+    reference_output, expected, _ = reference
     tolerance = dict(rtol=0, atol=0) if exact else dict(rtol=1e-3, atol=2e-5)
-    torch.testing.assert_close(torch.tensor(log_of(output, "loss", "lr")), torch.tensor(log_of(there, "loss", "lr")), **tolerance)
+    losses = torch.tensor(log_of(output, "loss", "lr"))
+    expected_losses = torch.tensor(log_of(reference_output, "loss", "lr"))
+    torch.testing.assert_close(losses, expected_losses, **tolerance)
     torch.testing.assert_close(checkpoint["model"], expected["model"], **tolerance)
     if exact:
-        torch.testing.assert_close(checkpoint["optimizer"]["state"], expected["optimizer"]["state"], **tolerance)
+        assert_equal(checkpoint["optimizer"]["state"], expected["optimizer"]["state"])
 
 
+@pytest.mark.slow
 def test_two_accumulation_steps_equal_one(toy, reference, tmp_path):
-    assert_same_training(tmp_path, train(tmp_path, *toy, "run.max_batch=4")[0], reference, exact=False)
+    checkpoint, printed, _ = pretrain(tmp_path / "run", *toy_lists(toy), "run.max_batch=4")
+    assert "8 = 1 processes x 2 accumulation steps x 4 videos" in printed
+    assert_same_training(tmp_path / "run", checkpoint, reference, exact=False)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(toy, reference, tmp_path):
-    assert_same_training(tmp_path, train(tmp_path, *toy, processes=2)[0], reference, exact=False)
+    checkpoint, printed, _ = pretrain(tmp_path / "run", *toy_lists(toy), processes=2)
+    assert "8 = 2 processes x 1 accumulation steps x 4 videos" in printed
+    assert_same_training(tmp_path / "run", checkpoint, reference, exact=False)
 
 
-def test_a_signal_saves_first(toy, reference, tmp_path):
-    process = start([*TINY, *toy, f"run.output={tmp_path}"], start_new_session=True)
-    while not (tmp_path / "log.jsonl").exists() or not log_of(tmp_path, "step"):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)                  # the workers too, as a cluster does it
-    _, err = process.communicate(timeout=60)
-    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
-    assert process.returncode == 1 and f"stopped by a signal after step {step}" in err and "Traceback" not in err
-    assert_same_training(tmp_path, train(tmp_path, *toy)[0], reference, exact=True)
+def descendants(pid):
+    """The processes that a process has started, and those that these have started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = []
+    for child in map(int, children):
+        found += [child, *descendants(child)]
+    return found
 
 
+@pytest.mark.slow
+def test_a_signal_saves_first_and_the_resumed_run_equals_the_undisturbed(toy, reference, tmp_path):
+    output = tmp_path / "run"
+    script = Script("train_pretrain.py", *toy_lists(toy), output=output)
+    script.wait_for_steps(1)
+    workers = descendants(script.pid)
+    assert workers
+    for pid in [script.pid, *workers]:                  # the workers too, as a cluster does it
+        os.kill(pid, signal.SIGTERM)
+    _, err = script.finish(status=1)
+    step = torch.load(output / "last.pt", weights_only=True)["step"]
+    assert step < 6
+    assert f"stopped by a signal after step {step}" in err
+    assert "Traceback" not in err
+    checkpoint, _, _ = pretrain(output, *toy_lists(toy))
+    assert_same_training(output, checkpoint, reference, exact=True)
+
+
+# --- Runs that stop ---------------------------------------------------------
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(toy, tmp_path):
-    code, out, err = run([*TINY, *toy, f"run.output={tmp_path}", "pretrain.lr=1e30", "pretrain.clip_norm=0.0", "run.save_minutes=0"])
-    assert code == 1 and "the gradient's norm" in err and "Traceback" not in err
-    weights = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
-    assert all(tensor.isfinite().all() for tensor in weights.values())
+    checkpoint, _, err = pretrain(
+        tmp_path / "run", *toy_lists(toy), "pretrain.lr=1e30", "pretrain.clip_norm=0.0",
+        "run.save_minutes=0", status=1)
+    assert "the gradient's norm" in err
+    assert "Traceback" not in err
+    for tensor in checkpoint["model"].values():
+        assert tensor.isfinite().all()
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_videos_stop_the_run(toy, tmp_path):
-    lines = (Path(toy[0].partition("=")[2]) / "train.txt").read_text().splitlines()
-    for i in range(4):
-        (tmp_path / f"broken{i}.mp4").write_text("hello")
-    (tmp_path / "list.txt").write_text("\n".join([*lines, *(f"broken{i}.mp4 0" for i in range(4))]))
-    arguments = [*TINY, *toy, f"data.train={tmp_path / 'list.txt'}", f"run.output={tmp_path / 'run'}", "pretrain.epochs=6"]
-    code, out, err = run(arguments)
-    assert code == 1 and "videos tried were unreadable, more than data.max_unreadable=0.05" in err and "Traceback" not in err
-    assert err.count(f"{tmp_path}/broken2.mp4: ") <= 1 and "broken" in err
-    code, out, err = run([*arguments, "data.max_unreadable=0.5"])
-    assert code == 0 and "finished" in out
+    # Four of 28 videos are no videos
+    broken = [f"broken{i}.mp4" for i in range(4)]
+    for name in broken:
+        (tmp_path / name).write_text("hello")
+    lines = (toy / "train.txt").read_text().splitlines()
+    lines += [f"{name} 0" for name in broken]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    arguments = [
+        f"data.root={toy}", f"data.train={tmp_path / 'list.txt'}", "data.val=",
+        "pretrain.epochs=6"]
+
+    _, _, err = pretrain(tmp_path / "run", *arguments, status=1)
+    assert "videos tried were unreadable, more than data.max_unreadable=0.05" in err
+    assert "Traceback" not in err
+    # Each is named, and only once
+    for name in broken:
+        assert err.count(f"{tmp_path / name}: ") == 1
+
+    _, out, _ = pretrain(tmp_path / "run", *arguments, "data.max_unreadable=0.5")
+    assert "finished" in out
 
 
+# --- Precision and compilation ----------------------------------------------
+
+
+@pytest.mark.slow
 def test_mixed_precision_and_compilation_agree():
-    config = load_config([], "pretrain")["model"]
     torch.manual_seed(0)
-    model = ARVideo(**config)
-    video, draw = torch.randn(2, 3, 8, 32, 32), model.draw(2)
+    model = ARVideo(**load_config(TINY, "pretrain")["model"])
+    video = torch.randn(2, 3, 8, 32, 32)
+    draw = model.draw(2)
     exact = model(video, *draw).item()
-    autocast, _ = train_pretrain.mixed_precision("bf16", torch.device("cpu"))
-    with autocast():
-        assert model(video, *draw).item() == pytest.approx(exact, rel=1e-2)
-    assert torch.compile(model)(video, *draw).item() == pytest.approx(exact, rel=1e-4)
+    machine = Machine(dict(device="cpu", precision="bf16"))
+    with machine.autocast():
+        loss = model(video, *draw).item()
+    assert loss != exact
+    assert loss == pytest.approx(exact, rel=1e-2)
+    compiled = torch.compile(model)
+    assert compiled(video, *draw).item() == pytest.approx(exact, rel=1e-4)
