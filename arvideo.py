@@ -31,7 +31,7 @@ paper's, except Q: its Table 5 has 1372, which predict_after=2 gives.
     K   tokens of a cluster                 98 = 2 x 7 x 7
     V   visible tokens of a cluster         20, a fifth of K
     S   tokens that enter the encoder      300 = (M - 1) V
-    Q   queries: tokens to predict        1470 = (M - 1) K
+    Q   queries: tokens to predict        1470 = (M - predict_after) K
     D   width of the encoder               768
     d   width of the decoder               512
 
@@ -60,7 +60,7 @@ def blocks_per_axis(whole, block, what):
 
     `what` names the block in the error. Raises ValueError if blocks do not fit.
     """
-    for axis, total, size in zip(("frames", "height", "width"), whole, block):
+    for axis, total, size in zip(("time", "height", "width"), whole, block):
         if size < 1 or total < 1 or total % size:
             raise ValueError(
                 f"{what} {list(block)} does not divide {list(whole)} along the "
@@ -98,7 +98,7 @@ def cubes_to_video(cubes, grid, cube):
 def cluster_tokens(grid, cluster):
     """[M, K]: row c holds the token indices (0 .. N-1) of cluster c.
 
-    Clusters are in raster order. Raises ValueError if they do not fill `grid`.
+    Clusters are in raster order. They must fill the grid.
     """
     # A cluster is to tokens what a cube is to pixels
     tokens = torch.arange(math.prod(grid)).reshape(1, 1, *grid)
@@ -159,7 +159,7 @@ def attention_masks(M, K, V, predict_after=1):
     """
     place = torch.arange(1, M + 1)
     seen_place = place[:-1].repeat_interleave(V)            # [S]: 1 1 .. 2 2 .. M-1
-    queried_place = place[predict_after:].repeat_interleave(K)  # [Q]: 2 2 .. 3 3 .. M
+    queried_place = place[predict_after:].repeat_interleave(K)  # [Q]: 2 2 .. M if that is 1
     encoder_mask = seen_place[:, None] >= seen_place        # [S, S]
     decoder_mask = queried_place[:, None] > seen_place      # [Q, S]
     return encoder_mask, decoder_mask
@@ -180,7 +180,7 @@ def sine_cosine(positions, width):
 
 
 def position_table(grid, width, kind):
-    """Fixed positions [N, width] of the tokens of a grid (t, h, w).
+    """Fixed embeddings [N, width] of the positions of the tokens of a grid (t, h, w).
 
     1d   VideoMAE's: the position is the token's index in raster order
     3d   time, height and width have a third of the channels each; what does not
@@ -286,6 +286,18 @@ def initialise(module):
 # --- Encoder and decoder (3.3.3) --------------------------------------------
 
 
+def require_known(name, value, known):
+    """Raise ValueError unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(f"{name} '{value}' is unknown: choose one of {', '.join(known)}")
+
+
+def require_heads(name, heads, width):
+    """Raise ValueError unless `heads` divide `width`."""
+    if heads < 1 or width < 1 or width % heads:
+        raise ValueError(f"{name} {heads} does not divide the width {width}")
+
+
 class EncoderBlock(nn.Module):
     """ViT's block: self-attention and MLP, each after a norm, added to its input."""
 
@@ -307,12 +319,14 @@ class Encoder(nn.Module):
     """A plain ViT over cubes, with VideoMAE's parameter names.
 
     `checkpointing` computes activations again in the backward pass, which saves
-    memory. Raises ValueError if cubes do not fill the video.
+    memory. Raises ValueError if cubes do not fill the video or heads the width.
     """
 
     def __init__(self, *, frames, size, cube, width, depth, heads, mlp_ratio,
                  positions="1d", checkpointing=False):
         super().__init__()
+        require_known("positions", positions, POSITIONS)
+        require_heads("heads", heads, width)
         self.cube = tuple(cube)
         self.width = width
         self.checkpointing = checkpointing
@@ -350,7 +364,7 @@ class Encoder(nn.Module):
 class DecoderBlock(nn.Module):
     """Cross-attention and MLP, each after a norm, added to its input.
 
-    With `cluster_size` (Table 9), queries first attend to those of their cluster.
+    With `cluster_size` (Table 9), the queries of one cluster first attend to one another.
     """
 
     def __init__(self, width, heads, mlp_ratio, cluster_size=None):
@@ -368,8 +382,8 @@ class DecoderBlock(nn.Module):
         """x [B, Q, d], memory [B, S, d], mask [Q, S] -> [B, Q, d]"""
         if self.cluster_size:
             # Queries stand cluster by cluster: [B, Q, d] -> [B Q/K, K, d]
-            clusters = self.norm0(x).reshape(-1, self.cluster_size, x.shape[2])
-            x = x + self.self_attn(clusters).reshape(x.shape)
+            grouped = self.norm0(x).reshape(-1, self.cluster_size, x.shape[2])
+            x = x + self.self_attn(grouped).reshape(x.shape)
         x = x + self.cross_attn(self.norm1(x), memory, mask)
         return x + self.mlp(self.norm2(x))
 
@@ -377,8 +391,8 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """Predicts tokens by cross-attention to the encoder's output.
 
-    `grid` is the encoder's, `outputs` the values of a token, `cluster_size` None
-    or, for self-attention among the queries of a cluster, its number of tokens.
+    `grid` is the encoder's; `outputs` is how many numbers are predicted for a token.
+    `cluster_size` is None or, with self-attention, the number of tokens of a cluster.
     """
 
     def __init__(self, *, grid, width, depth, heads, mlp_ratio, outputs,
@@ -414,18 +428,6 @@ class Decoder(nn.Module):
 # --- ARVideo (3.3.3, 4.1) ---------------------------------------------------
 
 
-def require_known(name, value, known):
-    """Raise ValueError unless `value` is one of `known`."""
-    if value not in known:
-        raise ValueError(f"{name} '{value}' is unknown: choose one of {', '.join(known)}")
-
-
-def require_heads(name, heads, width):
-    """Raise ValueError unless `heads` divide `width`."""
-    if heads < 1 or width < 1 or width % heads:
-        raise ValueError(f"{name} {heads} does not divide the width {width}")
-
-
 class ARVideo(nn.Module):
     """The pretraining model: encoder, decoder and loss.
 
@@ -446,8 +448,6 @@ class ARVideo(nn.Module):
     ):
         super().__init__()
         require_known("order", order, ORDERS)
-        require_known("positions", positions, POSITIONS)
-        require_heads("heads", heads, width)
         require_heads("decoder_heads", decoder_heads, decoder_width)
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} is out of range: it is the "
@@ -456,7 +456,7 @@ class ARVideo(nn.Module):
             raise ValueError("normalise_target needs cubes of more than one pixel: "
                              "a single one has no standard deviation")
 
-        self.order = order
+        self.order_kind = order
         self.normalise_target = normalise_target
         self.encoder = Encoder(
             frames=frames, size=size, cube=cube, width=width, depth=depth, heads=heads,
@@ -497,7 +497,8 @@ class ARVideo(nn.Module):
         visible [B, M, V]: the visible tokens of each cluster, in raster order of clusters.
         """
         device = self.clusters.device
-        order = prediction_orders(self.order, self.cluster_grid, batch, generator, device)
+        order = prediction_orders(
+            self.order_kind, self.cluster_grid, batch, generator, device)
         visible = visible_tokens(self.clusters, self.visible_count, batch, generator)
         return order, visible
 
@@ -508,7 +509,7 @@ class ARVideo(nn.Module):
         """
         # Nothing comes after the last cluster, so it is not encoded
         seen = take(visible, order[:, :-1])                             # [B, M-1, V]
-        queried = self.clusters[order[:, self.predict_after:]]          # [B, M-1, K]
+        queried = self.clusters[order[:, self.predict_after:]]  # [B, M - predict_after, K]
         return seen.flatten(1), queried.flatten(1)
 
     def predict(self, cubes, seen, queried):
@@ -535,7 +536,7 @@ class ARVideo(nn.Module):
     def target(self, video, cubes):
         """What is predicted, before normalisation [B, N, 3, P]: the cubes.
 
-        A fork with another target overrides this method.
+        A fork with another target overrides this method; `video` is there for it.
         """
         return cubes
 
@@ -551,7 +552,7 @@ class ARVideo(nn.Module):
         target = take(self.target(video, cubes), queried)               # [B, Q, 3, P]
         mean, deviation = self.statistics(target)                       # [B, Q, 3, 1]
         target = (target - mean) / deviation                            # [B, Q, 3, P]
-        # In fp32, also under autocast: squares of small errors vanish in bf16
+        # In fp32, also under autocast: bf16 has too few digits for a mean of so many numbers
         return F.mse_loss(prediction.float(), target)
 
     @torch.no_grad()

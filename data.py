@@ -20,6 +20,7 @@ alone, not on workers, processes or restarts.
 
 import argparse
 import atexit
+import bisect
 import contextlib
 import csv
 import hashlib
@@ -58,7 +59,7 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
 
 
 class UserError(Exception):
-    """Something that the user can mend. `main` prints the message and exits with 1."""
+    """Something that the user can mend. The scripts print the message and exit with 1."""
 
 
 def stream_seed(seed, purpose, *numbers):
@@ -96,7 +97,7 @@ def videos_below(folder):
             here = [parent]
             folders.clear()
         videos += here
-        # A link that leads back up would be followed for ever
+        # A link to a folder that holds this one would be followed for ever
         resolved = parent.resolve()
         folders[:] = [name for name in folders
                       if not name.startswith((".", "__MACOSX"))
@@ -111,13 +112,12 @@ def files_by_stem(root):
     for path in videos_below(root):
         stem = path.stem if has_suffix(path, VIDEO_SUFFIXES) else path.name
         if stem in files:
-            doubled.append(path)
+            doubled.append((files[stem], path))
         files.setdefault(stem, path)
     if doubled:
-        first = doubled[0]
+        used, unused = doubled[0]
         print(f"{root}: {len(doubled)} videos have the name of another one; the first in "
-              f"alphabetical order is used, for example {files[first.stem]} and not {first}",
-              file=sys.stderr)
+              f"alphabetical order is used, for example {used} and not {unused}", file=sys.stderr)
     return files
 
 
@@ -208,7 +208,7 @@ def read_list(source, text, folders):
         name = labelled[1] if labelled else line
         label = int(labelled[3]) if labelled else None
         form = f"path{labelled[2].strip() or ' '}label" if labelled else "path"
-        # What is neither there nor looks like a video is something else, say `a.mp4 0 1`
+        # A name that is no file and has no video's suffix was misread, as that of `a.mp4 0 1`
         if not has_suffix(name, VIDEO_SUFFIXES) and not find_file(name, folders):
             header = "; if it is a header, remove it" if not named else ""
             raise UserError(f"{source}:{line_number}: expected `path label`, with one number as "
@@ -219,6 +219,13 @@ def read_list(source, text, folders):
                             f"before, found: {line[:200]}")
         named.append((name, label))
     return named
+
+
+def read_class_names(path):
+    """The lines of classes.txt, or None without this file."""
+    if not path.is_file():
+        return None
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def find_file(name, folders):
@@ -252,7 +259,7 @@ def number_classes(source, named, classes):
     return [(name, numbers[label]) for name, label in named], classes
 
 
-def find_files(source, root, named, find):
+def make_entries(source, root, named, find):
     """[(name, label), ...] -> entries. find(name) is the path of a file, or None.
 
     Videos without a file are left out and counted on stderr.
@@ -279,11 +286,13 @@ def find_files(source, root, named, find):
 def read_annotations(source, root="", classes=None):
     """The videos of a data set: ([Entry, ...], class names or None).
 
-    `source` is a folder of class folders or of videos, Kinetics' CSV, Something-Something's
-    JSON with labels.json beside it, or a list of lines `path` or `path label`, with
-    classes.txt beside it or not; its content tells which. It may itself lie under `root`.
-    Videos lie under `root`, or without it beside the annotations; those of a list in either.
-    `classes`, the names of the training set, fixes the class numbers.
+    `source` may itself lie under `root`. Its content tells which of these it is:
+    - a folder of class folders, or of videos
+    - Kinetics' CSV
+    - Something-Something's JSON, with labels.json beside it
+    - a list of lines `path label`, `path,label` or `path`; classes.txt may be beside it
+    Videos are looked for below `root`, or without it beside the annotations; those of a
+    list in both. `classes`, the names of the training set, fixes the class numbers.
     UserError names the file, the line and what is wrong.
     """
     # Where the annotations and the videos are
@@ -300,28 +309,28 @@ def read_annotations(source, root="", classes=None):
     # Names and labels, and a way to find the files
     if source.is_dir():
         named = read_folder(source)
-        find = Path
+        find = Path                                     # the names are paths already
     else:
         text = read_text(source)
         first_line = text.lstrip().partition("\n")[0]
-        is_json = re.match(r"\[\s*([{\]]|$)", first_line)       # and not a video named [1].mp4
         cells = [cell.strip().lower() for cell in re.split("[,;\t]", first_line)]
-        if is_json or "youtube_id" in cells:
-            named = read_something(source, text) if is_json else read_kinetics(source, text)
-            classes = classes or (read_something_classes(source) if is_json else None)
+        # JSON begins with [{ or with a lone [ while a list may name a video [1].mp4
+        if re.match(r"\[\s*([{\]]|$)", first_line):
+            named = read_something(source, text)
+            classes = classes or read_something_classes(source)
+            find = files_by_stem(root).get
+        elif "youtube_id" in cells:
+            named = read_kinetics(source, text)
             find = files_by_stem(root).get
         else:
             folders = (root, source.parent)
             named = read_list(source, text, folders)
             find = partial(find_file, folders=folders)
-            class_file = source.with_name("classes.txt")
-            if classes is None and class_file.is_file():
-                classes = [line.strip() for line in read_text(class_file).split("\n")
-                           if line.strip()]
+            classes = classes or read_class_names(source.with_name("classes.txt"))
 
     if named and isinstance(named[0][1], str):
         named, classes = number_classes(source, named, classes)
-    return find_files(source, root, named, find), classes
+    return make_entries(source, root, named, find), classes
 
 
 def read_lists(settings):
@@ -355,7 +364,7 @@ class UnreadableVideo(Exception):
 def open_video(path):
     """(container, video stream) of a file.
 
-    What PyAV, the system or we object to inside becomes UnreadableVideo.
+    Errors of PyAV, the system or this file become UnreadableVideo in the with-block.
     """
     try:
         # An absolute path, since PyAV would take `a:b.mp4` for a protocol
@@ -381,12 +390,12 @@ def open_video(path):
 
 PROGRESSIVE = 1         # of FFmpeg's field orders; 0 is unknown, higher ones are interlaced
 
-# One for each process: it keeps its scaler, which a frame would make anew
+# Kept for the life of the process: frame.reformat() would make a new scaler for each frame
 REFORMATTER = VideoReformatter()
 
 
-def to_rgb(frame, format="rgb24", **size):
-    """The frame as RGB, or in another format, and in another size."""
+def reformat(frame, format="rgb24", **size):
+    """The frame in RGB or another format, and in another size."""
     # By default a thread pool would be made for every frame
     return REFORMATTER.reformat(frame, format=format, **size, threads=1)
 
@@ -404,6 +413,7 @@ def read_packets(container, stream):
     packets = []
     with contextlib.suppress(av.error.FFmpegError):
         for packet in container.demux(stream):
+            # A corrupt packet is a break, except before the first good one
             if packet.is_corrupt and packets:
                 break
             if packet.size and not packet.is_corrupt:
@@ -418,7 +428,8 @@ def timestamps_are_an_index(container, stream, packets):
     decoder = stream.codec_context
     formats = container.format.name.split(",")
     times = [packet.pts for packet in packets]
-    # AVI, raw streams and some MKV have wrong ones. VP8 has packets without a picture.
+    # Trusted are MP4, MOV, MPEG-TS, and VP9 in any container. AVI, raw streams and some
+    # MKV have wrong timestamps. VP8 has packets without a picture.
     if "mov" not in formats and "mpegts" not in formats and decoder.name != "vp9":
         return False
     if None in times or len(set(times)) < len(times):
@@ -429,23 +440,26 @@ def timestamps_are_an_index(container, stream, packets):
     # A stream that begins inside a group of pictures lacks what its first frames refer to
     if not packets[0].is_keyframe or packets[0].pts > min(times):
         return False
-    # Where the decoder changes the order, timestamps must not tell the order of decoding
+    # With B-frames, frames are shown in another order than they are decoded in. If all
+    # timestamps equal the decoding times all the same, they tell the wrong order.
     return not decoder.has_b_frames or times != [packet.dts for packet in packets]
 
 
 def packets_needed(packets, wanted):
-    """Numbers of the packets to decode for the wanted timestamps: from the key frame before each.
+    """Numbers of the packets to decode for the wanted timestamps, from a key frame up to each.
 
-    In open groups of pictures some frames are shown before the key frame that they
-    follow in the file. So a key frame must come first in the file and on the screen.
+    In an open group of pictures, a frame can be shown before the key frame that it follows
+    in the file; then it needs an earlier one. So decoding starts at the last key frame that
+    comes before the wanted frame both in the file and on the screen.
     """
     number_of = {packet.pts: i for i, packet in enumerate(packets)}
     keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
     needed = set()
     for pts in wanted:
         end = number_of[pts]
-        starts = [i for i in keys if i <= end and packets[i].pts <= pts]
-        needed.update(range(max(starts, default=0), end + 1))
+        before = keys[:bisect.bisect_right(keys, end)]
+        start = next((i for i in reversed(before) if packets[i].pts <= pts), 0)
+        needed.update(range(start, end + 1))
     return sorted(needed)
 
 
@@ -506,7 +520,12 @@ def decode_counted(decoder, packets, wanted, convert):
 
 
 def decode_clips(container, stream, choose, convert):
-    """(clips, {key: converted frame}): clips of keys, for the frame numbers that choose gives."""
+    """Decode the frames that choose(number of frames) asks for.
+
+    Returns (clips, {id: converted frame}); a clip is a list of frame ids. An id is a
+    timestamp, or a frame number where timestamps cannot be trusted. choose is called
+    again where there turn out to be fewer frames than was thought.
+    """
     packets = read_packets(container, stream)
     decoder = stream.codec_context
 
@@ -521,7 +540,8 @@ def decode_clips(container, stream, choose, convert):
             return clips, frames
         # Some did not come: what is marked as a key frame need not be one
 
-    # Else decode from the start; there can be fewer frames than packets
+    # Else decode from the start. A file with fewer frames than packets is read once more,
+    # now that its number of frames is known.
     count = len(packets)
     while count:
         decoder.flush_buffers()
@@ -546,30 +566,31 @@ def orientation(frame):
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, False, False
     if abs(a * d) > abs(b * c):
-        return False, d < 0, a < 0
-    return True, b < 0, c < 0
+        return False, d < 0, a < 0                      # to (a x, d y): a negative factor flips
+    return True, b < 0, c < 0                           # to (c y, b x)
 
 
 def assemble(clips, frames):
-    """A tensor [T, H, W, 3], turned upright, for every clip, a list of keys of `frames`."""
+    """A tensor [T, H, W, 3], turned upright, for every clip, a list of ids of `frames`."""
     first = frames[min(frames)]
     pixels = {}
-    for key, frame in frames.items():
+    for frame_id, frame in frames.items():
         # A frame whose size differs takes that of the first
         if (frame.width, frame.height) != (first.width, first.height):
-            frame = to_rgb(frame, width=first.width, height=first.height)
+            frame = reformat(frame, width=first.width, height=first.height)
         plane = frame.planes[0]
         shape = (frame.height, frame.width, 3)
-        pixels[key] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(
+        pixels[frame_id] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(
             shape, (plane.line_size, 3, 1))             # a view: nothing is copied yet
-    swap, *flips = orientation(first)
-    dims = [dim for dim, flip in zip((1, 2), flips) if flip]
-    upright = []
+
+    swap, flip_rows, flip_columns = orientation(first)
+    flipped = [dim for dim, flip in ((1, flip_rows), (2, flip_columns)) if flip]
+    tensors = []
     for clip in clips:
-        clip = torch.stack([pixels[key] for key in clip])
-        clip = clip.transpose(1, 2) if swap else clip
-        upright.append(clip.flip(dims) if dims else clip)
-    return upright
+        tensor = torch.stack([pixels[frame_id] for frame_id in clip])
+        tensor = tensor.transpose(1, 2) if swap else tensor
+        tensors.append(tensor.flip(flipped) if flipped else tensor)
+    return tensors
 
 
 def clamp(clips, count):
@@ -586,7 +607,7 @@ def read_clips(path, choose):
     if os.path.isdir(path):
         return read_image_clips(path, choose)
     with open_video(path) as (container, stream):
-        return assemble(*decode_clips(container, stream, choose, to_rgb))
+        return assemble(*decode_clips(container, stream, choose, reformat))
 
 
 def image_files(folder):
@@ -611,7 +632,8 @@ def read_image_clips(folder, choose):
     """As read_clips, of a folder of images, each of them a frame."""
     files = image_files(folder)
     clips = clamp(choose(len(files)), len(files))
-    images = {number: read_image(files[number]) for clip in clips for number in clip}
+    wanted = {number for clip in clips for number in clip}
+    images = {number: read_image(files[number]) for number in wanted}
     first = images[min(images)]
     for number, image in images.items():
         # A frame whose size differs takes that of the first
@@ -625,7 +647,7 @@ def read_image_clips(folder, choose):
 
 
 def last_start(count, frames, stride):
-    """The last frame at which a window fits into a video of `count` frames; 0 if none does."""
+    """The last frame at which a window can start, of a video of `count` frames; at least 0."""
     return max(count - ((frames - 1) * stride + 1), 0)
 
 
@@ -646,7 +668,7 @@ def segment_clips(count, frames, clips=1):
 
 
 def dense_views(count, frames, stride, clips):
-    """`clips` windows that start evenly from the beginning to the end; one: in the middle."""
+    """`clips` windows, evenly from the first possible start to the last; one: in the middle."""
     last = last_start(count, frames, stride)
     if clips == 1:
         return [window(last // 2, frames, stride)]
@@ -654,14 +676,14 @@ def dense_views(count, frames, stride, clips):
 
 
 def segment_views(count, frames, clips):
-    """Of clips x frames even frames, clip k takes every clips-th from the k-th on.
+    """clips x frames frames, evenly spread; clip k takes number k, k + clips, k + 2 clips, ...
 
     One clip takes the middles of `frames` segments.
     """
     if clips == 1:
         return [[(2 * i + 1) * count // (2 * frames) for i in range(frames)]]
-    even = [i * count // (clips * frames) for i in range(clips * frames)]
-    return [even[k::clips] for k in range(clips)]
+    spread = [i * count // (clips * frames) for i in range(clips * frames)]
+    return [spread[k::clips] for k in range(clips)]
 
 
 # --- Augmentation -----------------------------------------------------------
@@ -753,16 +775,17 @@ def augment_once(clip, name, level, sign):
 
 
 def rand_augment(clip, operations, magnitude):
-    """rand-m<magnitude>-n<operations>-mstd0.5-inc1 of a uint8 clip [T, 3, H, W].
+    """timm's RandAugment, `rand-m<magnitude>-n<operations>-mstd0.5-inc1`, of a uint8 clip.
 
-    All frames get the same draw. Each operation is applied with probability 0.5;
-    torchvision's own RandAugment has neither this probability nor these strengths.
+    Draws so many operations for a clip [T, 3, H, W], the same for all frames, and applies
+    each with probability 0.5. Strengths are normal around `magnitude` (0 to 10) with
+    deviation 0.5. torchvision's RandAugment has neither this probability nor these strengths.
     """
     for _ in range(operations):
         name = RAND_AUGMENT[torch.randint(len(RAND_AUGMENT), ()).item()]
         sign = 1 if torch.rand(()) < 0.5 else -1
-        level = magnitude + 0.5 * torch.randn(()).item()
-        level = min(max(level, 0), 10) / 10
+        strength = magnitude + 0.5 * torch.randn(()).item()
+        level = min(max(strength, 0), 10) / 10
         if torch.rand(()) < 0.5:
             clip = augment_once(clip, name, level, sign)
     return clip
@@ -782,7 +805,10 @@ def random_erasing(clip, probability):
 
 
 def finetuning_clip(clip, size, flip, crop_area, rand_augment_strength, erase):
-    """RandAugment, random crop, flip, random erasing: [T, 3, H, W] -> [T, 3, size, size]."""
+    """RandAugment, random crop, flip, random erasing: [T, 3, H, W] -> [T, 3, size, size].
+
+    `rand_augment_strength` is (operations, magnitude).
+    """
     clip = rand_augment(clip, *rand_augment_strength)
     crop = RandomResizedCrop(size, scale=crop_area, ratio=(3 / 4, 4 / 3), antialias=True)
     clip = crop(clip)
@@ -873,7 +899,7 @@ def collate(samples):
 
 
 class Views(Dataset):
-    """The test views of listed videos. Item i is the Sample of entry i.
+    """The test views of listed videos. Item i is (i, the Sample of entry i).
 
     A test never takes another video in place of an unreadable one.
     """
@@ -889,13 +915,13 @@ class Views(Dataset):
         try:
             clips = read_clips(path, self.choose)       # one decode for all views
         except UnreadableVideo as error:
-            return Sample(None, label, [str(error)])
+            return i, Sample(None, label, [str(error)])
         views = [spatial_views(clip.permute(0, 3, 1, 2), self.size, self.crops) for clip in clips]
-        return Sample(torch.cat(views).transpose(1, 2), label, [])
+        return i, Sample(torch.cat(views).transpose(1, 2), label, [])
 
 
-def training_order(size, batch, first_step, steps, seed, rank, world_size):
-    """(epoch, entry number) of everything that one process reads from `first_step` to `steps`.
+def training_order(size, batch, first_step, end_step, seed, rank, world_size):
+    """(epoch, entry number) of all that one process reads from `first_step` to before `end_step`.
 
     Every epoch is a permutation of `size` entries, the same in all processes. A step
     takes the next `batch` of it, and process `rank` every world_size-th of those. So
@@ -903,7 +929,7 @@ def training_order(size, batch, first_step, steps, seed, rank, world_size):
     batch is left out.
     """
     steps_per_epoch = size // batch
-    for step in range(first_step, steps):
+    for step in range(first_step, end_step):
         epoch, step_of_epoch = divmod(step, steps_per_epoch)
         if step == first_step or step_of_epoch == 0:
             generator = torch.Generator().manual_seed(stream_seed(seed, "epoch", epoch))
@@ -929,18 +955,20 @@ def kill_workers():
         worker.kill()
 
 
-def load_batches(dataset, batch_size, order, workers, collate=list, pin_memory=False):
+def load_batches(dataset, batch_size, order, workers, join=list, pin_memory=False):
     """Batches of dataset[key] for the keys in `order`, read ahead by worker processes.
 
-    With 0 workers this process reads them itself. Raises UserError if a worker dies.
+    join([item, ...]) makes a batch. With 0 workers this process reads them itself.
+    Raises UserError if a worker dies.
     """
     others = multiprocessing.active_children()
-    # Python 3.14 starts workers from a server, which inherits our way with SIGTERM
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # From Python 3.14 on workers come from a fork server. It must not end by a SIGTERM that
+    # we have, so it starts, and inherits, with SIGTERM blocked. We get ours when it is done.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     batches = iter(DataLoader(
-        dataset, batch_size, sampler=order, num_workers=workers, collate_fn=collate,
+        dataset, batch_size, sampler=order, num_workers=workers, collate_fn=join,
         pin_memory=pin_memory, worker_init_fn=ignore_signals))
-    signal.signal(signal.SIGTERM, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     # When a worker dies, torch's handler raises wherever the program is; we look below
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     own = [worker.sentinel for worker in multiprocessing.active_children()
@@ -973,9 +1001,9 @@ TOY_ROOT = Path("data/toy")
 def toy_clip(motion, generator):
     """A window that moves steadily over a texture: uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3].
 
-    `motion` is the number of its class. Place, angle, zoom and brightness in the
+    `motion` is the number of its class. Location, angle, zoom and brightness in the
     middle of the clip are random for every class, and only the class's own motion
-    changes them. So the middle frame tells nothing of the class.
+    changes them. So the middle frames tell almost nothing of the class.
     """
     name = TOY_CLASSES[motion]
     # A texture of three octaves
@@ -986,23 +1014,24 @@ def toy_clip(motion, generator):
     x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
     texture = (texture / texture.std() * 0.2 + 0.4 + 0.2 * brightness).clamp(0, 1)
 
-    # How far the motion has come in each frame, and what it changes
+    # How far the motion has come in each frame, and what it changes. The window moves
+    # against the picture: for `left` it goes to the right.
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
     if name in ("right", "down", "anticlockwise", "shrinking"):
         moved = -moved
     still = torch.zeros_like(moved)
-    right = moved if name in ("left", "right") else still                       # pixels
-    down = moved if name in ("up", "down") else still                           # pixels
+    window_right = moved if name in ("left", "right") else still                # pixels
+    window_down = moved if name in ("up", "down") else still                    # pixels
     turned = 0.10 * moved if name in ("clockwise", "anticlockwise") else still  # radians
-    zoomed = 0.04 * moved if name in ("growing", "shrinking") else still        # logarithm
+    zoomed = 0.04 * moved if name in ("growing", "shrinking") else still
     angle = 2 * math.pi * turn - turned
-    zoom = 0.9 * (zoom - 0.5) + zoomed
+    log_zoom = 0.9 * (zoom - 0.5) + zoomed
 
-    # Where the window lies on the texture, as an affine map [T, 2, 3]
+    # The window on the texture, whose sides go from -1 to 1: an affine map [T, 2, 3]
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    shift = torch.stack([right, down], 1).unsqueeze(2) * 2 / 128
+    shift = torch.stack([window_right, window_down], 1).unsqueeze(2) * 2 / 128
     centre = rotation @ shift + (torch.tensor([[x], [y]]) - 0.5) * 0.4
-    matrix = rotation * torch.exp(-zoom).view(-1, 1, 1) * TOY_SIZE / 128
+    matrix = rotation * torch.exp(-log_zoom).view(-1, 1, 1) * TOY_SIZE / 128
     shape = (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE)
     grid = F.affine_grid(torch.cat([matrix, centre], 2), shape, align_corners=False)
     frames = F.grid_sample(texture.expand(TOY_FRAMES, 3, -1, -1), grid,
@@ -1023,7 +1052,7 @@ def write_video(path, frames):
             options=options)
         for pixels in frames.numpy():
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(to_rgb(frame, "yuv420p")))
+            container.mux(stream.encode(reformat(frame, "yuv420p")))
         container.mux(stream.encode())
 
 
@@ -1054,7 +1083,8 @@ def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
         lists["few"] = lists["train"][:10 * len(TOY_CLASSES)]
         for name, lines in lists.items():
             (temporary / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        with contextlib.suppress(OSError):              # another run was faster: its set is the same
+        # If another run was faster, its set is the same
+        with contextlib.suppress(OSError):
             temporary.rename(root)
 
 
@@ -1076,7 +1106,7 @@ def collect_reasons(function, jobs, workers):
     """The reasons that function(job) returns for jobs that failed, each printed at once."""
     reasons = []
     batches = load_batches(Jobs(function, jobs), 1, range(len(jobs)), workers)
-    for reason, in tqdm(batches, total=len(jobs), unit="video"):
+    for (reason,) in tqdm(batches, total=len(jobs), unit="video"):
         if reason:
             # A file's name need not be UTF-8
             tqdm.write(reason.encode("utf-8", "backslashreplace").decode())
@@ -1091,8 +1121,10 @@ def unreadable_reason(path):
             for image in image_files(path):
                 read_image(image)
         else:
+            # Decoding refuses damage; the frames themselves are not kept
             with open_video(path) as (container, stream):
-                decode_clips(container, stream, lambda count: [range(count)], refuse_damaged)
+                decode_clips(container, stream, choose=lambda count: [range(count)],
+                             convert=lambda frame: None)
     except UnreadableVideo as error:
         return str(error)
 
@@ -1101,7 +1133,8 @@ def upright(frame):
     """The frame, turned and mirrored as its file asks."""
     if not any(orientation(frame)):
         return frame
-    pixels = assemble([[0]], {0: to_rgb(frame)})[0][0].contiguous()
+    clip, = assemble([[0]], {0: reformat(frame)})       # a clip of one frame
+    pixels = clip[0].contiguous()
     return av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
 
 
@@ -1122,7 +1155,10 @@ def upright_frames(source):
 
 
 def add_shrunk_stream(writer, frame, stream, short_side, key_frames):
-    """A stream of `writer` for frames like `frame` of `stream`, smaller, that decodes fast."""
+    """Add to `writer` an H.264 stream for the frames of `stream`, small and fast to decode.
+
+    `frame` is the first of them.
+    """
     scale = min(1, short_side / min(frame.width, frame.height))
     width = max(2, round(frame.width * scale / 2) * 2)          # H.264 wants even sizes
     height = max(2, round(frame.height * scale / 2) * 2)
@@ -1150,7 +1186,7 @@ def write_shrunk(source, target, short_side, key_frames):
                 output = add_shrunk_stream(writer, frame, stream, short_side, key_frames)
                 start = pts                             # the first frame's time becomes zero
                 last = -1
-            frame = to_rgb(frame, "yuv420p", width=output.width, height=output.height)
+            frame = reformat(frame, "yuv420p", width=output.width, height=output.height)
             last = max(pts - start, last + 1)           # times that do not grow are corrected
             frame.pts = last
             frame.time_base = output.codec_context.time_base
@@ -1181,9 +1217,9 @@ def shrink_video(job, short_side, key_frames):
         if shown != written:
             raise UnreadableVideo(f"{source}: {written - shown} of {written} frames were lost")
         temporary.replace(target)
-    except UnreadableVideo as error:
+    except (UnreadableVideo, av.error.FFmpegError) as error:
         temporary.unlink(missing_ok=True)
-        return str(error)
+        return f"{source}: {error}" if isinstance(error, av.error.FFmpegError) else str(error)
 
 
 def shrink(source, target, short_side, key_frames, workers):

@@ -47,7 +47,8 @@ def encoder_arguments(model):
 
 def linear_head(width, classes):
     head = nn.Linear(width, classes)
-    nn.init.normal_(head.weight, std=0.02 * 0.001)      # all classes about equally likely at first
+    # VideoMAE's 0.02, scaled by 0.001: at first all classes are about equally likely
+    nn.init.normal_(head.weight, std=0.02 * 0.001)
     nn.init.zeros_(head.bias)
     return head
 
@@ -141,8 +142,9 @@ def load_weights(model, path, config, classes):
     """Load a checkpoint, ours or VideoMAE's, into a Classifier or a Probe.
 
     Returns a sentence on what was taken, and whether that was everything, the head
-    included. Strict: only the head and its norm may be new, and of the encoder only
-    the final norm may be left behind. UserError lists all other differences.
+    included. Strict: every tensor of the encoder must be there and fit. What is new is
+    only what is not the encoder's. What is left behind is only that, and the encoder's
+    final norm for a Classifier. UserError lists all other differences.
     """
     content = load_checkpoint(path)
     weights = content.get("model", content.get("module")) if isinstance(content, dict) else None
@@ -161,7 +163,8 @@ def load_weights(model, path, config, classes):
         model.load_state_dict(weights)
         return f"all weights, the classifier's too, from {origin}", True
 
-    # Anything else: take the encoder. Pretraining and probes keep it under `encoder.`
+    # Anything else: take the encoder, without a classifier's parts, and without its final
+    # norm if this model has none. Pretraining and probes keep it under `encoder.`
     encoder = model.encoder if isinstance(model, Probe) else model
     prefix = "encoder." if any(name.startswith("encoder.") for name in weights) else ""
     unwanted = CLASSIFIER_PARTS
@@ -175,10 +178,12 @@ def load_weights(model, path, config, classes):
             taken[short] = tensor
         else:
             left.add(short.split(".")[0])
-    new = {name: tensor for name, tensor in encoder.state_dict().items()
-           if name.startswith(CLASSIFIER_PARTS)}
+
+    # The model's own head fills the gap, so that torch's strict check covers all the rest
+    own_head = {name: tensor for name, tensor in encoder.state_dict().items()
+                if name.startswith(CLASSIFIER_PARTS)}
     try:
-        encoder.load_state_dict({**taken, **new})
+        encoder.load_state_dict({**taken, **own_head})
     except RuntimeError as error:                       # torch lists every tensor that does not fit
         raise UserError(f"{path} does not fit this model: {' '.join(str(error).split())}") from None
     return (f"{len(taken)} tensors of the encoder from {origin}; left behind: "
@@ -207,7 +212,7 @@ class Result(NamedTuple):
 
 
 def frame_chooser(config, dense, segments, clips):
-    """`dense` or `segments`, as finetune.sampling says: a function of the number of frames."""
+    """choose(number of frames), made of `dense` or `segments`, as finetune.sampling says."""
     frames = config["model"]["frames"]
     if config["finetune"]["sampling"] == "dense":
         return partial(dense, frames=frames, stride=config["data"]["stride"], clips=clips)
@@ -227,13 +232,12 @@ def evaluate(model, entries, config, machine, clips, crops):
     order = range(machine.rank, len(entries), machine.world_size)
     batches = data.load_batches(videos, max(1, limit // (clips * crops)), order,
                                 config["run"]["workers"])
-    numbers = iter(order)
     results = {}
     model.eval()
     for samples in tqdm(batches, desc="testing", unit="batch", leave=False,
                         disable=not machine.is_first):
         readable = {}
-        for sample, i in zip(samples, numbers):
+        for i, sample in samples:
             if sample.clips is None:
                 results[i] = Result(entries[i], None, sample.unreadable[0])
             else:
@@ -301,14 +305,16 @@ def labelled_lists(config):
     """(training entries, validation entries, class names). UserError where labels are missing."""
     train, val, classes = data.read_lists(config["data"])
     for name, entries in (("train", train), ("val", val)):
-        if not entries or entries[0].label is None:
+        if not entries:
+            raise UserError(f"data.{name} is empty: fine-tuning needs a list with labels")
+        if entries[0].label is None:
             raise UserError(f"data.{name}={config['data'][name]} has no labels, which "
                             "fine-tuning needs")
     if not classes:
         labels = {entry.label for entry in train}
         if 0 not in labels:
-            raise UserError(f"data.train={config['data']['train']}: no video has the label 0, "
-                            "from which labels count")
+            raise UserError(f"data.train={config['data']['train']}: labels must count from 0, "
+                            "but no video has the label 0")
         classes = [str(label) for label in range(max(labels) + 1)]
     for entry in train + val:
         if entry.label >= len(classes):
@@ -347,7 +353,8 @@ def mix_videos(clips, labels, mixes, repeats):
     clips [B R, 3, T, H, W] and labels [B R], the R = `repeats` clips of a video one after
     another; targets [B R, classes]. Every clip is mixed with one of another video.
     """
-    # The transforms mix neighbours: put the clips of a video far from each other
+    # The transforms mix neighbours, so all first clips come first, then all second ones: then
+    # neighbours are of different videos. They know five dimensions only of a Video.
     apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()
     mix = mixes[torch.randint(len(mixes), ()).item()]
     clips, targets = mix(Video(clips[apart]), labels[apart])
@@ -374,7 +381,12 @@ def train_classifier(config, machine, model, train, val, classes):
     run = config["run"]
     settings = config["finetune"]
     repeats = settings["clips_per_video"]
+    last_pt = Path(run["output"], "last.pt")
     best_pt = Path(run["output"], "best.pt")
+    # A run that resumes has a best accuracy already
+    best_top1 = -1.0
+    if last_pt.exists() and best_pt.exists():
+        best_top1 = load_checkpoint(best_pt)["top1"]
     choose = frame_chooser(config, data.dense_clips, data.segment_clips, repeats)
     augment = partial(
         data.finetuning_clip, size=config["model"]["size"], flip=settings["flip"],
@@ -400,13 +412,15 @@ def train_classifier(config, machine, model, train, val, classes):
         return F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
 
     def validate(epoch, is_last):
+        nonlocal best_top1
         if not is_last and epoch % settings["validate_epochs"]:
             return None
         scores = accuracy(evaluate(model, val, config, machine, clips=1, crops=1), classes)
         if machine.is_first:
             tqdm.write(f"epoch {epoch}: validation top-1 {scores['top1']:.1f} %, "
                        f"top-5 {scores['top5']:.1f} %")
-            if not best_pt.exists() or scores["top1"] > load_checkpoint(best_pt)["top1"]:
+            if scores["top1"] > best_top1:
+                best_top1 = scores["top1"]
                 save_checkpoint(best_pt, dict(model=model.state_dict(), config=config,
                                               classes=classes, epoch=epoch, top1=scores["top1"]))
         return dict(top1=scores["top1"], top5=scores["top5"])

@@ -51,7 +51,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Numbers are 0 or greater; those with these keys are greater than 0, or less than 1
+# All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
+# BELOW_ONE less than 1.
 POSITIVE = {"stride", "epochs", "batch", "clips_per_video", "lr", "picture_epochs",
             "validate_epochs", "test_clips", "test_crops"}
 BELOW_ONE = {"betas", "drop_path", "head_dropout", "label_smoothing"}
@@ -85,18 +86,21 @@ def read_settings(path):
     return settings
 
 
-def require_known(name, known, what):
-    """UserError for an unknown name, with the known one that it resembles most."""
-    if name not in known:
-        close, = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
-        raise UserError(f"{what} '{name}' is unknown; did you mean '{close}'? "
+def refuse_unknown(value, known, what):
+    """UserError for an unknown value, with the known one that it resembles most."""
+    if value not in known:
+        close, = difflib.get_close_matches(str(value), known, n=1, cutoff=0)
+        raise UserError(f"{what} '{value}' is unknown; did you mean '{close}'? "
                         f"Known: {', '.join(known)}")
 
 
 def as_kind_of(default, value, name):
-    """`value` in the kind of `default`. UserError if it is of another kind."""
+    """`value`, of the type of `default`. UserError if it is of another type.
+
+    A whole number is also a float, and so is text that YAML takes for no number: 1e-3.
+    """
     kind = type(default)
-    if kind is float and type(value) in (int, str):     # YAML reads 1e-3, without a dot, as text
+    if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)
     if kind is list and type(value) is list and len(value) == len(default):
@@ -111,8 +115,8 @@ def as_kind_of(default, value, name):
 
 def change(config, section, key, value):
     """Set one value. UserError if there is no such key, or if it is of another kind."""
-    require_known(section, config, "section")
-    require_known(key, config[section], f"key of section {section}")
+    refuse_unknown(section, config, "section")
+    refuse_unknown(key, config[section], f"key of section {section}")
     config[section][key] = as_kind_of(config[section][key], value, f"{section}.{key}")
 
 
@@ -122,12 +126,12 @@ def check_ranges(config):
         for key, value in values.items():
             name = f"{section}.{key}"
             if name in CHOICES:
-                require_known(value, CHOICES[name], name)
+                refuse_unknown(value, CHOICES[name], name)
             numbers = value if type(value) is list else [value]
             numbers = [number for number in numbers if type(number) in (int, float)]
             if key in POSITIVE and not all(number > 0 for number in numbers):
                 raise UserError(f"{name}={value}: it must be greater than 0")
-            if not all(number >= 0 for number in numbers):              # true of NaN, too
+            if not all(number >= 0 for number in numbers):              # refuses NaN as well
                 raise UserError(f"{name}={value}: it must be 0 or greater")
             if key in BELOW_ONE and max(numbers) >= 1:
                 raise UserError(f"{name}={value}: it must be less than 1")
@@ -138,16 +142,22 @@ def check_ranges(config):
 
 
 def fill_in_names(config, presets, stage, init_is_given):
-    """The defaults of run.output and finetune.init, named after the presets [(name, sections)]."""
+    """The defaults of run.output and finetune.init, named after the presets [(name, sections)].
+
+    finetune.init is what the command line says, else with test_only this run's last.pt,
+    else what a preset says, else the pretraining of the presets.
+    """
     run = config["run"]
     finetune = config["finetune"]
     names = [name for name, _ in presets]
-    # `toy linear` starts from toy's pretraining: a preset of fine-tuning alone changes nothing
-    pretrained = [name for name, sections in presets if set(sections) != {"finetune"}]
     run["output"] = run["output"] or f"runs/{'-'.join(names)}/{stage}"
+
+    # A preset for fine-tuning alone has no pretraining of its own: `toy linear` takes toy's
+    pretrained = [name for name, sections in presets if set(sections) != {"finetune"}]
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
-    finetune["init"] = finetune["init"] or f"runs/{'-'.join(pretrained)}/pretrain/last.pt"
+    if not finetune["init"]:
+        finetune["init"] = f"runs/{'-'.join(pretrained or names)}/pretrain/last.pt"
     run["output"] = os.path.expanduser(run["output"])
     finetune["init"] = os.path.expanduser(finetune["init"])
 
@@ -166,11 +176,11 @@ def load_config(arguments, stage):
         if word.endswith(".yaml"):
             presets.append((Path(word).stem, read_settings(word)))
         else:
-            require_known(word, known_presets, "preset")
+            refuse_unknown(word, known_presets, "preset")
             presets.append((word, known_presets[word]))
     for _, sections in presets:
         for section, values in sections.items():
-            require_known(section, config, "section")
+            refuse_unknown(section, config, "section")
             for key, value in values.items():
                 change(config, section, key, value)
 
@@ -180,7 +190,7 @@ def load_config(arguments, stage):
         if not dot:
             raise UserError(f"'{argument}' is not of the form section.key=value")
         if not isinstance(config.get(section, {}).get(key), str):
-            with contextlib.suppress(yaml.YAMLError):   # then it is text, and refused as such
+            with contextlib.suppress(yaml.YAMLError):   # else it stays text, which is refused
                 value = yaml.safe_load(value)
         change(config, section, key, value)
 
@@ -190,9 +200,11 @@ def load_config(arguments, stage):
     return config
 
 
-def run_command(stage, run):
-    """What both scripts do: read the command line, then run(config). Errors of the user's
-    end with their sentence and status 1."""
+def run_command(stage, train):
+    """What both scripts do: read the command line and call train(config).
+
+    The message of a UserError is printed, and the exit status is 1.
+    """
     arguments = sys.argv[1:]
     try:
         if "--help" in arguments or "-h" in arguments:
@@ -205,7 +217,7 @@ def run_command(stage, run):
             arguments.remove("--show")
             print(as_yaml(load_config(arguments, stage)), end="")
         else:
-            run(load_config(arguments, stage))
+            train(load_config(arguments, stage))
             if dist.is_initialized():
                 dist.destroy_process_group()
     except UserError as error:
@@ -237,8 +249,9 @@ def choose_device(name):
 def join_processes(device):
     """Join the other processes that torchrun has started."""
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # A restart finds the addresses of the attempt before in torchrun's store, so it
-    # writes its own under another prefix. Several machines do not count restarts alike.
+    # After a restart, torchrun's store still holds the addresses of the attempt before. So
+    # each attempt has a prefix of its own, except on several machines: their counts of
+    # restarts can differ, and then they would not meet.
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
@@ -327,18 +340,19 @@ class Plan(NamedTuple):
     final_lr: float
 
 
-def make_plan(config, stage, videos, world_size):
+def make_plan(config, stage, video_count, world_size):
     """The Plan of section `stage` for so many videos. UserError if the batch cannot be shared."""
     settings = config[stage]
     batch = settings["batch"]
     if batch % world_size:
         raise UserError(f"{stage}.batch={batch} cannot be shared evenly by {world_size} processes")
-    if batch > videos:
-        raise UserError(f"{stage}.batch={batch} is more than the {videos} videos of data.train")
+    if batch > video_count:
+        raise UserError(f"{stage}.batch={batch} is more than the {video_count} videos of "
+                        "data.train")
     share = batch // world_size
     limit = min(share, config["run"]["max_batch"] or share)
     micro_batch = max(n for n in range(1, limit + 1) if share % n == 0)
-    steps_per_epoch = videos // batch
+    steps_per_epoch = video_count // batch
     return Plan(
         batch=batch,
         repeats=settings["clips_per_video"],
@@ -352,7 +366,7 @@ def make_plan(config, stage, videos, world_size):
 
 
 def micro_batch_rows(plan, rank, world_size):
-    """Which rows of the global batch each micro-batch of a process holds, [rows] of int64 [b].
+    """Which rows of the global batch each micro-batch of a process holds: a list of tensors [b].
 
     A row is a clip, and the clips of a video follow each other. Process `rank` takes
     every world_size-th video. For example, with 4 videos of 2 clips and 2 processes,
@@ -489,7 +503,8 @@ class Log:
 
 # --- Training ---------------------------------------------------------------
 
-# Settings that may differ when a run resumes
+# Settings of the sections data, model and the stage's own that may differ when a run
+# resumes. Of section run, only the seed must be the same.
 MAY_CHANGE = {
     "root", "train", "val", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
@@ -501,19 +516,20 @@ class Training:
     `about` names what else must not change when the run resumes; checkpoints keep it.
     """
 
-    def __init__(self, config, stage, machine, model, optimizer, videos, about):
+    def __init__(self, config, stage, machine, model, optimizer, video_count, about):
         self.config = config
         self.stage = stage
         self.machine = machine
         self.model = model
         self.optimizer = optimizer
-        self.plan = make_plan(config, stage, videos, machine.world_size)
-        self.about = dict(stage=stage, videos=videos, model_class=type(model).__name__, **about)
+        self.plan = make_plan(config, stage, video_count, machine.world_size)
+        self.about = dict(
+            stage=stage, videos=video_count, model_class=type(model).__name__, **about)
         self.path = Path(config["run"]["output"], "last.pt")
         self.step = 0               # updates made
         self.tried = 0              # videos tried, those drawn in place of others included
         self.unreadable = 0         # of these
-        self.named = set()          # why videos were unreadable, as far as it was told
+        self.reported = set()       # the reasons that were printed
         self.log = Log(config) if machine.is_first else None
         self.saved_at = time.monotonic()
 
@@ -571,7 +587,8 @@ class Training:
 
     def require_finite(self, loss, norm, lr):
         """Stop if the loss or the gradient is no number; the last checkpoint stays good."""
-        # fp16's scaler answers an overflow by skipping the update and halving its scale, to 1
+        # After an overflow, fp16's scaler skips the update and halves its scale. We let it do
+        # so until the scale is 1.
         scaler = self.machine.scaler
         can_recover = scaler.is_enabled() and scaler.get_scale() > 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or can_recover):
@@ -580,16 +597,16 @@ class Training:
                 f"{lr:.3g}. The last checkpoint is kept: resume with run.precision=fp32, or begin "
                 f"again with a smaller {self.stage}.lr or {self.stage}.clip_norm=1")
 
-    def count_unreadable(self, reasons, failed):
-        """Name unreadable videos of this process, each once, and count the `failed` of all.
+    def count_unreadable(self, reasons, unreadable):
+        """Print new reasons of this process, and count the unreadable videos of all processes.
 
         Stop if more than data.max_unreadable of all videos tried were unreadable.
         """
-        for reason in set(reasons) - self.named:
+        for reason in set(reasons) - self.reported:
             tqdm.write(f"unreadable, another video is drawn: {reason}", file=sys.stderr)
-        self.named.update(reasons)
-        self.tried += self.plan.batch + failed
-        self.unreadable += failed
+        self.reported.update(reasons)
+        self.tried += self.plan.batch + unreadable
+        self.unreadable += unreadable
         limit = self.config["data"]["max_unreadable"]
         if self.tried >= 100 and self.unreadable > limit * self.tried:
             self.machine.stop(
@@ -627,7 +644,7 @@ class Training:
 def note_signals():
     """A list that is empty until SIGTERM or SIGINT comes, so that a run can save first.
 
-    A second SIGINT kills. A second SIGTERM does not: torchrun sends one to processes
+    After the first signal, SIGINT kills. SIGTERM does not: torchrun sends one to processes
     that have had their own.
     """
     received = []
@@ -662,30 +679,33 @@ def read_batches(videos, training):
 
 
 def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
-    """Gradients of a step's global batch: (loss of this process, unreadable, seconds waited)."""
+    """Gradients of a step's global batch.
+
+    Returns (loss of this process, reasons of unreadable videos, seconds waited for data).
+    """
     loss = 0.0
-    unreadable = []
+    reasons = []
     waited = 0.0
     for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
         asked = time.perf_counter()
         batch = next(batches)
-        # While the GPU still computes, a wait costs nothing
+        # A wait counts only if the GPU has run out of work: then query() is true
         if machine.device.type != "cuda" or torch.cuda.current_stream().query():
             waited += time.perf_counter() - asked
-        unreadable += batch.unreadable
+        reasons += batch.unreadable
         if batch.clips is None:
             raise UserError(f"{data.Videos.TRIES} videos in a row are unreadable; the last: "
-                            f"{unreadable[-1]}")
+                            f"{reasons[-1]}")
 
         # Processes share their gradients once a step, with the last micro-batch
         is_last = i + 1 == plan.accumulation
-        wait = machine.world_size > 1 and not is_last
-        with forward.no_sync() if wait else contextlib.nullcontext():
+        share_later = machine.world_size > 1 and not is_last
+        with forward.no_sync() if share_later else contextlib.nullcontext():
             with machine.autocast():
                 part = loss_of(forward, batch, step, rows) / plan.accumulation
             machine.scaler.scale(part).backward()
         loss += part.detach()
-    return loss, unreadable, waited
+    return loss, reasons, waited
 
 
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **about):
@@ -704,20 +724,20 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
     training.print_plan()
     forward = wrap_model(model, config["run"]["compile"], machine)
     batches = read_batches(videos, training)
-    steps = tqdm(range(training.step, plan.steps), initial=training.step, total=plan.steps,
-                 unit="step", disable=not machine.is_first)
+    bar = tqdm(range(training.step, plan.steps), initial=training.step, total=plan.steps,
+               unit="step", disable=not machine.is_first)
     with note_signals() as signals:
-        for step in steps:
+        for step in bar:
             began = time.perf_counter()
             lr = set_learning_rate(optimizer, step, plan)
 
             # Gradients of the global batch, micro-batch by micro-batch
             model.train()
-            loss, unreadable, waited = accumulate_gradients(
+            loss, reasons, waited = accumulate_gradients(
                 forward, batches, step, plan, machine, loss_of)
             norm = clip_gradients(machine, model, optimizer, config[stage]["clip_norm"])
-            loss, failed, stopping = machine.sum(
-                loss / machine.world_size, len(unreadable), len(signals))
+            loss, unreadable, stopping = machine.sum(
+                loss / machine.world_size, len(reasons), len(signals))
             training.require_finite(loss, norm, lr)
 
             # Update
@@ -727,10 +747,10 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             training.step = step + 1
 
             # Log
-            training.count_unreadable(unreadable, int(failed))
-            training.log_step(steps, loss, lr, norm, time.perf_counter() - began, waited)
+            training.count_unreadable(reasons, int(unreadable))
+            training.log_step(bar, loss, lr, norm, time.perf_counter() - began, waited)
 
-            # At an epoch's end: validate or draw
+            # At an epoch's end: validate, or make a picture
             scores = None
             epoch, step_of_epoch = divmod(training.step, plan.steps_per_epoch)
             if step_of_epoch == 0:
@@ -778,18 +798,18 @@ def build_arvideo(config):
         raise UserError(str(error)) from None
 
 
-def print_start(config, model, videos):
+def print_start(config, model, video_count):
     """What will happen."""
     settings = config["model"]
     total = sum(p.numel() for p in model.parameters()) / 1e6
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     print(f"ARVideo pretraining\n"
-          f"  data       {videos} videos; clips of {settings['frames']} frames at stride "
+          f"  data       {video_count} videos; clips of {settings['frames']} frames at stride "
           f"{config['data']['stride']}, {settings['size']} x {settings['size']}, "
           f"flip {config['pretrain']['flip']}\n"
           f"  model      {total:.1f} M parameters, {encoder:.1f} M of them in the encoder; "
           f"{len(model.encoder_mask)} of {math.prod(model.grid)} tokens enter the encoder, "
-          f"{len(model.decoder_mask)} are predicted; order {model.order}")
+          f"{len(model.decoder_mask)} are predicted; order {model.order_kind}")
 
 
 def pretrain(config):
@@ -821,8 +841,9 @@ def pretrain(config):
         video = data.normalise(batch.clips, machine.device)
         return forward(video, order[rows], visible[rows])
 
-    def draw_predictions(path):
-        samples = [val_videos[0, i] for i in (0, len(val_videos) // 2)]
+    def picture_predictions(path):
+        keys = [(0, 0), (0, len(val_videos) // 2)]              # (epoch, entry)
+        samples = [val_videos[key] for key in keys]
         clips = [sample.clips[:1] for sample in samples if sample.clips is not None]
         if clips:
             video = data.normalise(torch.cat(clips), machine.device)
@@ -837,7 +858,7 @@ def pretrain(config):
             content = dict(model=model.state_dict(), config=config, epoch=epoch)
             save_checkpoint(output / f"epoch_{epoch:04d}.pt", content)
         if is_last or epoch % settings["picture_epochs"] == 0:
-            draw_predictions(output / f"predictions_{epoch:04d}.png")
+            picture_predictions(output / f"predictions_{epoch:04d}.png")
 
     optimizer = make_optimizer(model, settings, machine.device)
     trained = fit(config, "pretrain", machine, model, videos, optimizer, loss_of, end_epoch)

@@ -458,7 +458,7 @@ def test_transfer_uses_a_subclass_of_the_encoder(fork):
 
 @pytest.mark.parametrize("changes, culprit", [
     (dict(cluster=(2, 7, 5)), "along the width: 14 is not a multiple of 5"),
-    (dict(cube=(3, 16, 16)), "along the frames: 16 is not a multiple of 3"),
+    (dict(cube=(3, 16, 16)), "along the time: 16 is not a multiple of 3"),
     (dict(order="snake"), "order 'snake' is unknown"),
     (dict(mask_ratio=1.0), "mask_ratio 1.0 is out of range"),
     (dict(mask_ratio=-0.1), "mask_ratio -0.1 is out of range"),

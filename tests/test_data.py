@@ -231,9 +231,6 @@ def test_unreadable_files_are_refused_by_name(broken):
         with pytest.raises(UnreadableVideo, match=path.name):
             read_frames(path)
         assert path.name in data.unreadable_reason(path)
-    # Nor is another frame given in place of one that does not decode
-    with pytest.raises(UnreadableVideo, match="headless.mp4"):
-        read_frames(broken / "headless.mp4", 0)
     assert data.unreadable_reason(broken / "good.mp4") is None
 
 
@@ -393,7 +390,8 @@ CSV_HEADER = "label,youtube_id,time_start,time_end\n"
      "none of its 1 videos is under .*youtube_id/gone.mp4"),
     ("list.csv", CSV_HEADER, "it lists no videos"),
     ("list.csv", "label,youtube_id,time_start\n", "the column time_end is missing"),
-    ("list.csv", CSV_HEADER + "a,abc,ten,20\n", "list.csv:2: expected a label, a youtube_id and two times, found: a,abc,ten,20"),
+    ("list.csv", CSV_HEADER + "a,abc,ten,20\n",
+     "list.csv:2: expected a label, a youtube_id and two times, found: a,abc,ten,20"),
     ("list.json", '[{"id": "7"}]', "expected a JSON list of objects with `id` and `template`"),
     ("list.json", '[{"id": "7", "template": "Eating [something]"}]',
      "class 'Eating something' is not among"),
