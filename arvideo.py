@@ -8,22 +8,22 @@ another (3.3.1). Every sample draws an order of its clusters, by default at
 random (3.3.2). A cluster's *place* is its position in this order, counted from
 1. "Earlier" always means earlier in this order, not earlier in time.
 
-    Encoder   takes a random fifth of every cluster's tokens, the visible ones
-              (4.1). A token attends to its own cluster and to earlier ones.
-    Decoder   predicts all tokens of a cluster, visible or not, from the
-              encoder's output for earlier clusters (3.3.3).
+    Encoder   takes a random fifth of the tokens of every cluster but the last, the
+              visible ones (4.1). A token attends to its own cluster and to earlier
+              ones (3.3.3). Nothing comes after the last cluster to need it.
+    Decoder   predicts all tokens, visible or not, of every cluster but the first,
+              from the encoder's output for earlier clusters (3.3.3). Nothing comes
+              before the first cluster to predict it from.
     Loss      mean squared error of the pixels. Each cube is normalised by its
               own mean and deviation, colour by colour (4.1).
 
-Two attention masks let one pass predict the clusters of all places. The last
-cluster never enters the encoder, since nothing comes after it. The first one is
-never predicted, since nothing comes before it.
+Two attention masks let one pass predict all these clusters.
 
     model = ARVideo()                               # ViT-B, 16 x 224 x 224
     loss = model(video, *model.draw(len(video)))    # video [B, 3, 16, 224, 224]
 
-Symbols in the shapes, with their values in the default model. They are the
-paper's, except Q: its Table 5 has 1372, which predict_after=2 gives.
+Symbols in the shapes. The values are those of the default model and the paper,
+except Q: the paper's Table 5 has 1372, which predict_after=2 gives.
     B   videos in the batch
     N   tokens of a video                 1568 = 8 x 14 x 14
     P   pixels of a cube                   512 = 2 x 16 x 16, of C = 3 colours
@@ -100,9 +100,9 @@ def cluster_tokens(grid, cluster):
 
     Clusters are in raster order. They must fill the grid.
     """
-    # A cluster is to tokens what a cube is to pixels
+    # Cut the grid of token indices as if it were a video of one colour
     tokens = torch.arange(math.prod(grid)).reshape(1, 1, *grid)
-    return video_to_cubes(tokens, cluster)[0, :, 0]
+    return video_to_cubes(tokens, cluster)[0, :, 0]         # of [1, M, 1, K]
 
 
 def take(x, index):
@@ -156,10 +156,11 @@ def attention_masks(M, K, V, predict_after=1):
 
     encoder_mask [S, S]: a visible token sees its own place and earlier ones.
     decoder_mask [Q, S]: a query sees earlier places alone.
+    The first `predict_after` places have no queries.
     """
     place = torch.arange(1, M + 1)
     seen_place = place[:-1].repeat_interleave(V)            # [S]: 1 1 .. 2 2 .. M-1
-    queried_place = place[predict_after:].repeat_interleave(K)  # [Q]: 2 2 .. M if that is 1
+    queried_place = place[predict_after:].repeat_interleave(K)  # [Q]: 2 2 .. 3 3 .. M
     encoder_mask = seen_place[:, None] >= seen_place        # [S, S]
     decoder_mask = queried_place[:, None] > seen_place      # [Q, S]
     return encoder_mask, decoder_mask
@@ -411,7 +412,7 @@ class Decoder(nn.Module):
         self.apply(initialise)
 
     def forward(self, memory, index, mask=None):
-        """Predictions [B, Q, 3 P] of the tokens `index` [B, Q].
+        """Predictions [B, Q, outputs] of the tokens `index` [B, Q].
 
         memory [B, S, d] is the encoder's output at the decoder's width.
         mask [Q, S] has True where attention is allowed.
@@ -473,22 +474,22 @@ class ARVideo(nn.Module):
         self.set_clusters(cluster, mask_ratio, predict_after)
 
     def set_clusters(self, cluster, mask_ratio, predict_after):
-        """Divide the tokens into clusters and build both masks for them."""
+        """Divide the tokens into clusters and build both masks; for the constructor."""
         self.cluster_grid = blocks_per_axis(self.grid, cluster, "cluster")
         clusters = cluster_tokens(self.grid, cluster)                   # [M, K]
         M, K = clusters.shape
         if not 1 <= predict_after < M:
             raise ValueError(
-                f"predict_after {predict_after} is out of range: it counts the clusters "
-                f"that are seen first, at least 1 and fewer than all {M}")
+                f"predict_after {predict_after} is out of range: it counts the first places, "
+                f"which are not predicted, at least 1 and fewer than all {M}")
         self.predict_after = predict_after
         self.visible_count = count_visible(K, mask_ratio)               # V
 
         # Tokens are lined up by place, so these two masks serve every order
-        masks = attention_masks(M, K, self.visible_count, predict_after)
+        encoder_mask, decoder_mask = attention_masks(M, K, self.visible_count, predict_after)
         self.register_buffer("clusters", clusters, persistent=False)
-        self.register_buffer("encoder_mask", masks[0], persistent=False)
-        self.register_buffer("decoder_mask", masks[1], persistent=False)
+        self.register_buffer("encoder_mask", encoder_mask, persistent=False)
+        self.register_buffer("decoder_mask", decoder_mask, persistent=False)
 
     def draw(self, batch, generator=None):
         """What is random in a step, for `batch` videos.
@@ -534,9 +535,9 @@ class ARVideo(nn.Module):
         return mean, deviation + 1e-6               # a flat cube must not divide by zero
 
     def target(self, video, cubes):
-        """What is predicted, before normalisation [B, N, 3, P]: the cubes.
+        """The values to predict [B, N, 3, P], before normalisation. Here they are the cubes.
 
-        A fork with another target overrides this method; `video` is there for it.
+        A fork overrides this method for another target, which it may take from `video`.
         """
         return cubes
 
@@ -559,7 +560,7 @@ class ARVideo(nn.Module):
     def reconstruct(self, video, order, visible):
         """What the encoder sees and what is predicted: two videos [B, 3, T, H, W].
 
-        Both are zero elsewhere. With normalise_target a cube's mean and deviation
+        Elsewhere both are zero, the mean colour. With normalise_target a cube's mean and deviation
         come from the true video, since the model predicts the pattern alone.
         """
         cubes = video_to_cubes(video, self.cube)                        # [B, N, 3, P]
@@ -567,6 +568,7 @@ class ARVideo(nn.Module):
         mean, deviation = self.statistics(take(self.target(video, cubes), queried))
         prediction = self.predict(cubes, seen, queried).float() * deviation + mean
 
+        # The inverse of take: write rows where their indices say
         sample = torch.arange(len(cubes), device=cubes.device)[:, None]
         shown = torch.zeros_like(cubes)
         shown[sample, seen] = take(cubes, seen)

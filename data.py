@@ -35,6 +35,7 @@ import sys
 import tempfile
 from fractions import Fraction
 from functools import partial
+from itertools import dropwhile
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -137,6 +138,7 @@ def read_folder(source):
     videos = videos_below(source)
     if not videos:
         raise UserError(f"{source}: there are no videos in this folder or below it")
+    # A video directly in the folder; or the folder itself is one, a folder of images
     if any(source in (path, path.parent) for path in videos):
         return [(path, None) for path in videos]
     named = [(path, path.relative_to(source).parts[0]) for path in videos]
@@ -205,14 +207,20 @@ def read_list(source, text, folders):
         if not line:
             continue
         labelled = re.fullmatch(r"(.+?)(\s+|\s*[,;]\s*)(\d+)", line)
-        name = labelled[1] if labelled else line
-        label = int(labelled[3]) if labelled else None
-        form = f"path{labelled[2].strip() or ' '}label" if labelled else "path"
-        # A name that is no file and has no video's suffix was misread, as that of `a.mp4 0 1`
+        if labelled:
+            name, separator, label = labelled.groups()
+            label = int(label)
+            form = f"path{separator.strip() or ' '}label"
+        else:
+            name = line
+            label = None
+            form = "path"
+        # Of `a.mp4 0 1` the name would be `a.mp4 0`. So it must end as a video does, or exist.
         if not has_suffix(name, VIDEO_SUFFIXES) and not find_file(name, folders):
             header = "; if it is a header, remove it" if not named else ""
             raise UserError(f"{source}:{line_number}: expected `path label`, with one number as "
-                            f"the label, `path,label` or `path`, found: {line[:200]}{header}")
+                            f"the label, `path,label` or `path` of a video, found: {line[:200]}"
+                            f"{header}")
         first_form = first_form or form
         if form != first_form:
             raise UserError(f"{source}:{line_number}: expected `{first_form}`, as in the lines "
@@ -264,6 +272,8 @@ def make_entries(source, root, named, find):
 
     Videos without a file are left out and counted on stderr.
     """
+    if not named:
+        raise UserError(f"{source}: the annotation file is empty: it lists no videos")
     entries = []
     missing = []
     for name, label in named:
@@ -272,8 +282,6 @@ def make_entries(source, root, named, find):
             missing.append(name)
         else:
             entries.append(Entry(str(path), label))
-    if not named:
-        raise UserError(f"{source}: the annotation file is empty: it lists no videos")
     if not entries:
         raise UserError(f"{source}: none of its {len(named)} videos is under {root} "
                         f"(first: {missing[0]}); set data.root")
@@ -291,11 +299,11 @@ def read_annotations(source, root="", classes=None):
     - Kinetics' CSV
     - Something-Something's JSON, with labels.json beside it
     - a list of lines `path label`, `path,label` or `path`; classes.txt may be beside it
-    Videos are looked for below `root`, or without it beside the annotations; those of a
-    list in both. `classes`, the names of the training set, fixes the class numbers.
+    Videos are looked for below `root`, or beside the annotations if `root` is empty; those
+    of a list in both places. `classes`, the names of the training set, fixes the class numbers.
     UserError names the file, the line and what is wrong.
     """
-    # Where the annotations and the videos are
+    # Where the annotations are, as given or below root, and the videos
     candidates = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
     existing = [path for path in candidates if path.exists()]
     if not existing:
@@ -314,7 +322,8 @@ def read_annotations(source, root="", classes=None):
         text = read_text(source)
         first_line = text.lstrip().partition("\n")[0]
         cells = [cell.strip().lower() for cell in re.split("[,;\t]", first_line)]
-        # JSON begins with [{ or with a lone [ while a list may name a video [1].mp4
+        # JSON begins with `[{`, with `[]`, or with a line that is only `[`. A list may begin
+        # with a video that is named `[1].mp4`.
         if re.match(r"\[\s*([{\]]|$)", first_line):
             named = read_something(source, text)
             classes = classes or read_something_classes(source)
@@ -354,6 +363,11 @@ def read_lists(settings):
 
 
 # --- Decoding ---------------------------------------------------------------
+
+
+def printable(text):
+    """Text that can be printed: a file's name need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UnreadableVideo(Exception):
@@ -418,39 +432,66 @@ def read_packets(container, stream):
                 break
             if packet.size and not packet.is_corrupt:
                 packets.append(packet)
+    # These decoders object to frames that refer to what was cut off before them
+    if stream.codec_context.name in ("hevc", "vp8", "vp9"):
+        packets = list(dropwhile(lambda packet: not packet.is_keyframe, packets))
     if all(packet.is_discard for packet in packets):
         raise ValueError("it holds no video frames")
     return packets
 
 
-def timestamps_are_an_index(container, stream, packets):
+def holds_idr(packet, is_mpegts):
+    """True if an H.264 packet holds an IDR picture: one that depends on no other.
+
+    MPEG-TS puts a start code before each of the packet's units, MP4 its length. The first
+    byte of a unit holds its type.
+    """
+    content = bytes(packet)
+    if is_mpegts:
+        units = content.split(b"\0\0\1")[1:]
+    else:
+        units = []
+        while len(content) > 4:
+            length = int.from_bytes(content[:4], "big")
+            units.append(content[4:4 + length])
+            content = content[4 + length:]
+    return any(unit and unit[0] & 31 == 5 for unit in units)
+
+
+def timestamps_identify_frames(container, stream, packets):
     """True if timestamps identify the displayed frames one to one."""
     decoder = stream.codec_context
     formats = container.format.name.split(",")
     times = [packet.pts for packet in packets]
     # Trusted are MP4, MOV, MPEG-TS, and VP9 in any container. AVI, raw streams and some
-    # MKV have wrong timestamps. VP8 has packets without a picture.
+    # MKV have wrong timestamps.
     if "mov" not in formats and "mpegts" not in formats and decoder.name != "vp9":
+        return False
+    # Other decoders have packets without a picture, or hide that they start at no key frame
+    if decoder.name not in ("h264", "hevc", "vp9", "libdav1d"):
         return False
     if None in times or len(set(times)) < len(times):
         return False
-    # An interlaced video may have a packet for each of the two fields of a frame
-    if decoder.field_order > PROGRESSIVE:
+    # Interlaced H.264 may have a packet for each of the two fields of a frame
+    if decoder.name == "h264" and decoder.field_order != PROGRESSIVE:
         return False
     # A stream that begins inside a group of pictures lacks what its first frames refer to
     if not packets[0].is_keyframe or packets[0].pts > min(times):
         return False
-    # With B-frames, frames are shown in another order than they are decoded in. If all
-    # timestamps equal the decoding times all the same, they tell the wrong order.
+    # H.264 may mark as a key frame where it begins to renew the picture part by part. At the
+    # start, no frame comes until the picture is whole.
+    if decoder.name == "h264" and not holds_idr(packets[0], "mpegts" in formats):
+        return False
+    # With B-frames, frames are shown in another order than they are decoded in. If all times
+    # of display (pts) equal those of decoding (dts), the file has stored the wrong order.
     return not decoder.has_b_frames or times != [packet.dts for packet in packets]
 
 
 def packets_needed(packets, wanted):
     """Numbers of the packets to decode for the wanted timestamps, from a key frame up to each.
 
-    In an open group of pictures, a frame can be shown before the key frame that it follows
-    in the file; then it needs an earlier one. So decoding starts at the last key frame that
-    comes before the wanted frame both in the file and on the screen.
+    Usually that is the last key frame before the wanted one in the file. In an open group
+    of pictures it may be shown after the wanted frame; then an earlier key frame is needed.
     """
     number_of = {packet.pts: i for i, packet in enumerate(packets)}
     keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
@@ -466,16 +507,18 @@ def packets_needed(packets, wanted):
 def decode_indexed(decoder, packets, wanted, convert):
     """{timestamp: converted frame} for those of the wanted timestamps that the decoder gives.
 
-    1. Only the packets from a key frame up to a wanted frame are decoded.
-    2. H.264 leaves out frames that are not wanted and that no other frame refers to.
-    3. Where packets are left out, the decoder is drained, by feeding it None, and reset.
-    4. A frame is known by its timestamp.
-    5. Damage spreads to later frames. So a damaged frame is refused, wanted or not.
+    For each wanted frame:
+    1. Find the key frame to start from (packets_needed).
+    2. Feed the decoder the packets from there up to the wanted frame, and no others.
+    3. Where packets are left out, drain the decoder, by feeding it None, and reset it.
+    4. Refuse damaged frames, wanted or not: damage spreads to later frames.
+    5. Keep the frames whose timestamps are wanted.
     """
     frames = {}
     needed = packets_needed(packets, wanted)
     for i, following in zip(needed, [*needed[1:], None]):
         packet = packets[i]
+        # H.264 can leave out unwanted frames that no other frame refers to
         if decoder.name == "h264":
             decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
         decoded = decoder.decode(packet)
@@ -530,15 +573,17 @@ def decode_clips(container, stream, choose, convert):
     decoder = stream.codec_context
 
     # Decode only what the wanted frames need, if timestamps can be trusted
-    if timestamps_are_an_index(container, stream, packets):
+    if timestamps_identify_frames(container, stream, packets):
         shown = sorted(packet.pts for packet in packets if not packet.is_discard)
         clips = [[shown[number] for number in clip]
                  for clip in clamp(choose(len(shown)), len(shown))]
         wanted = {pts for clip in clips for pts in clip}
-        frames = decode_indexed(decoder, packets, wanted, convert)
-        if len(frames) == len(wanted):
-            return clips, frames
-        # Some did not come: what is marked as a key frame need not be one
+        # An error may mean that what is marked as a key frame is none
+        with contextlib.suppress(av.error.FFmpegError, ValueError):
+            frames = decode_indexed(decoder, packets, wanted, convert)
+            if len(frames) == len(wanted):
+                return clips, frames
+        decoder.skip_frame = "DEFAULT"
 
     # Else decode from the start. A file with fewer frames than packets is read once more,
     # now that its number of frames is known.
@@ -739,7 +784,10 @@ RAND_AUGMENT = (
 
 
 def warp(clip, angle=0.0, shear=(0.0, 0.0), move=(0.0, 0.0), center=(0, 0)):
-    """Turn (degrees), shear (degrees) or move (pixels) a clip; grey comes in at the edges."""
+    """Turn (degrees), shear (degrees) or move (pixels) a clip; grey comes in at the edges.
+
+    Shearing is about the top left corner, as PIL does it.
+    """
     return tv.affine(
         clip, angle=angle, translate=list(move), scale=1.0, shear=list(shear), fill=[128.0] * 3,
         interpolation=tv.InterpolationMode.BILINEAR, center=center)
@@ -800,7 +848,7 @@ def random_erasing(clip, probability):
         return clip
     # torchvision's own noise would be the same in all frames
     noise = torch.randn(len(clip), 3, box["h"], box["w"])
-    noise = noise * IMAGENET_STD[:, 0] + IMAGENET_MEAN[:, 0]
+    noise = noise * IMAGENET_STD[:, 0] + IMAGENET_MEAN[:, 0]            # of shape [3, 1, 1]
     return tv.erase(clip, **box, v=(noise.clamp(0, 1) * 255).byte())
 
 
@@ -829,7 +877,7 @@ def normalise(clips, device):
 class Sample(NamedTuple):
     """What is read of one listed video: R clips or test views, uint8 [R, 3, T, size, size].
 
-    Without them, `clips` is None. The label is the number of the class, or -1.
+    `clips` is None if no video could be read. The label is the number of the class, or -1.
     `unreadable` holds the reasons of all videos that were tried and could not be read.
     """
     clips: torch.Tensor | None
@@ -962,36 +1010,41 @@ def load_batches(dataset, batch_size, order, workers, join=list, pin_memory=Fals
     Raises UserError if a worker dies.
     """
     others = multiprocessing.active_children()
-    # From Python 3.14 on workers come from a fork server. It must not end by a SIGTERM that
-    # we have, so it starts, and inherits, with SIGTERM blocked. We get ours when it is done.
+    # From Python 3.14 on, workers come from a fork server, which would die of a SIGTERM that
+    # is sent to all processes of a run. It inherits that SIGTERM is blocked while it starts.
+    # One that comes for this process meanwhile is delivered afterwards.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    batches = iter(DataLoader(
-        dataset, batch_size, sampler=order, num_workers=workers, collate_fn=join,
-        pin_memory=pin_memory, worker_init_fn=ignore_signals))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    # When a worker dies, torch's handler raises wherever the program is; we look below
+    try:
+        batches = iter(DataLoader(
+            dataset, batch_size, sampler=order, num_workers=workers, collate_fn=join,
+            pin_memory=pin_memory, worker_init_fn=ignore_signals))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    # When a worker dies, torch's handler would raise in any line; instead we look below
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    own = [worker.sentinel for worker in multiprocessing.active_children()
-           if worker not in others]
-
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (RuntimeError, EOFError, OSError):
-            # A sentinel is ready once its worker has ended
-            if wait(own, timeout=1):
-                raise UserError("a worker process has ended. If the system ended it for want "
-                                "of memory, set run.workers lower") from None
-            raise
-        yield batch
+    own = [worker for worker in multiprocessing.active_children() if worker not in others]
+    try:
+        yield from batches
+    except (RuntimeError, EOFError, OSError):
+        # A sentinel is ready once its worker has ended
+        if own and wait([worker.sentinel for worker in own], timeout=1):
+            raise UserError("a worker process has ended. If the system ended it for want of "
+                            "memory, set run.workers lower") from None
+        raise
+    finally:
+        for worker in own:
+            worker.kill()           # torch would wait five seconds for each
 
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-TOY_CLASSES = (
-    "left", "right", "up", "down", "clockwise", "anticlockwise", "growing", "shrinking")
+# How a class moves the window over the texture: pixels to the right, pixels down, radians,
+# logarithm of the zoom. What is seen moves the other way: for `left` the window goes right.
+TOY_MOTIONS = {
+    "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
+    "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
+    "growing": (0, 0, 0, 0.04), "shrinking": (0, 0, 0, -0.04)}
+TOY_CLASSES = tuple(TOY_MOTIONS)
 TOY_FRAMES = 12
 TOY_SIZE = 40
 TOY_CLIPS = {"train": 4000, "val": 400}
@@ -1005,7 +1058,6 @@ def toy_clip(motion, generator):
     middle of the clip are random for every class, and only the class's own motion
     changes them. So the middle frames tell almost nothing of the class.
     """
-    name = TOY_CLASSES[motion]
     # A texture of three octaves
     texture = 0
     for n in (8, 16, 32):
@@ -1014,16 +1066,10 @@ def toy_clip(motion, generator):
     x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
     texture = (texture / texture.std() * 0.2 + 0.4 + 0.2 * brightness).clamp(0, 1)
 
-    # How far the motion has come in each frame, and what it changes. The window moves
-    # against the picture: for `left` it goes to the right.
+    # How far the motion has come in each frame, and what it changes
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
-    if name in ("right", "down", "anticlockwise", "shrinking"):
-        moved = -moved
-    still = torch.zeros_like(moved)
-    window_right = moved if name in ("left", "right") else still                # pixels
-    window_down = moved if name in ("up", "down") else still                    # pixels
-    turned = 0.10 * moved if name in ("clockwise", "anticlockwise") else still  # radians
-    zoomed = 0.04 * moved if name in ("growing", "shrinking") else still
+    window_right, window_down, turned, zoomed = (
+        factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
     angle = 2 * math.pi * turn - turned
     log_zoom = 0.9 * (zoom - 0.5) + zoomed
 
@@ -1108,8 +1154,7 @@ def collect_reasons(function, jobs, workers):
     batches = load_batches(Jobs(function, jobs), 1, range(len(jobs)), workers)
     for (reason,) in tqdm(batches, total=len(jobs), unit="video"):
         if reason:
-            # A file's name need not be UTF-8
-            tqdm.write(reason.encode("utf-8", "backslashreplace").decode())
+            tqdm.write(printable(reason))
             reasons.append(reason)
     return reasons
 
@@ -1133,7 +1178,8 @@ def upright(frame):
     """The frame, turned and mirrored as its file asks."""
     if not any(orientation(frame)):
         return frame
-    clip, = assemble([[0]], {0: reformat(frame)})       # a clip of one frame
+    # A clip of one frame. A reformatted frame keeps its display matrix.
+    clip, = assemble([[0]], {0: reformat(frame)})
     pixels = clip[0].contiguous()
     return av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
 

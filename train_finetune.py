@@ -40,9 +40,9 @@ CLASSIFIER_PARTS = ("fc_norm.", "head.")
 # --- Models -----------------------------------------------------------------
 
 
-def encoder_arguments(model):
+def encoder_arguments(settings):
     """Encoder's arguments, from section `model` of the settings."""
-    return {key: model[key] for key in (*ENCODER_KEYS, "checkpointing")}
+    return {key: settings[key] for key in (*ENCODER_KEYS, "checkpointing")}
 
 
 def linear_head(width, classes):
@@ -117,6 +117,7 @@ def build_model(config, classes):
 def layer_decay(depth, decay):
     """scale(parameter name): 1 for a head or probe, times `decay` for every layer below it."""
     def scale(name):
+        # Layer 0 is the cube embedding, 1 to depth are the blocks, depth + 1 is the head
         layer = depth + 1
         if name.startswith("patch_embed."):
             layer = 0
@@ -129,11 +130,11 @@ def layer_decay(depth, decay):
 # --- Weights to start from --------------------------------------------------
 
 
-def require_same_encoder(path, content, model):
-    """UserError if a checkpoint of ours holds an encoder of other sizes than `model` asks for."""
+def require_same_encoder(path, content, settings):
+    """UserError if a checkpoint of ours holds another encoder than section `model` asks for."""
     saved = content.get("config", {}).get("model", {})
-    differing = [f"model.{key} is {model[key]}, the checkpoint's {saved[key]}"
-                 for key in ENCODER_KEYS if key in saved and saved[key] != model[key]]
+    differing = [f"model.{key} is {settings[key]}, the checkpoint's {saved[key]}"
+                 for key in ENCODER_KEYS if key in saved and saved[key] != settings[key]]
     if differing:
         raise UserError(f"{path} holds another model: {'; '.join(differing)}")
 
@@ -141,10 +142,10 @@ def require_same_encoder(path, content, model):
 def load_weights(model, path, config, classes):
     """Load a checkpoint, ours or VideoMAE's, into a Classifier or a Probe.
 
-    Returns a sentence on what was taken, and whether that was everything, the head
-    included. Strict: every tensor of the encoder must be there and fit. What is new is
-    only what is not the encoder's. What is left behind is only that, and the encoder's
-    final norm for a Classifier. UserError lists all other differences.
+    Returns (a sentence on what was loaded, whether it was everything). If the checkpoint is
+    of this very model, everything is. Otherwise it is the encoder, and every tensor of it
+    must be there and fit. Heads, decoders and, for a Classifier, the encoder's final norm
+    are not loaded. UserError names the tensors that do not fit.
     """
     content = load_checkpoint(path)
     weights = content.get("model", content.get("module")) if isinstance(content, dict) else None
@@ -179,7 +180,8 @@ def load_weights(model, path, config, classes):
         else:
             left.add(short.split(".")[0])
 
-    # The model's own head fills the gap, so that torch's strict check covers all the rest
+    # torch's strict check wants a Classifier's head too, so give it back its own. A Probe's
+    # encoder has none.
     own_head = {name: tensor for name, tensor in encoder.state_dict().items()
                 if name.startswith(CLASSIFIER_PARTS)}
     try:
@@ -212,7 +214,10 @@ class Result(NamedTuple):
 
 
 def frame_chooser(config, dense, segments, clips):
-    """choose(number of frames), made of `dense` or `segments`, as finetune.sampling says."""
+    """The function that finetune.sampling names, `dense` or `segments`, with its arguments.
+
+    What is left to give is the number of frames.
+    """
     frames = config["model"]["frames"]
     if config["finetune"]["sampling"] == "dense":
         return partial(dense, frames=frames, stride=config["data"]["stride"], clips=clips)
@@ -228,9 +233,9 @@ def evaluate(model, entries, config, machine, clips, crops):
     """
     choose = frame_chooser(config, data.dense_views, data.segment_views, clips)
     videos = data.Views(entries, choose, config["model"]["size"], crops)
-    limit = config["run"]["max_batch"] or 32            # views that a process takes at once
+    view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
     order = range(machine.rank, len(entries), machine.world_size)
-    batches = data.load_batches(videos, max(1, limit // (clips * crops)), order,
+    batches = data.load_batches(videos, max(1, view_limit // (clips * crops)), order,
                                 config["run"]["workers"])
     results = {}
     model.eval()
@@ -246,7 +251,7 @@ def evaluate(model, entries, config, machine, clips, crops):
             views = torch.cat(list(readable.values()))                  # [n views, 3, T, H, W]
             with machine.autocast():
                 logits = [model(data.normalise(part, machine.device))
-                          for part in views.split(limit)]
+                          for part in views.split(view_limit)]
             probabilities = torch.cat(logits).float().softmax(1)        # [n views, classes]
             means = probabilities.unflatten(0, (len(readable), -1)).mean(1).cpu()
             for i, mean in zip(readable, means):
@@ -353,10 +358,11 @@ def mix_videos(clips, labels, mixes, repeats):
     clips [B R, 3, T, H, W] and labels [B R], the R = `repeats` clips of a video one after
     another; targets [B R, classes]. Every clip is mixed with one of another video.
     """
-    # The transforms mix neighbours, so all first clips come first, then all second ones: then
-    # neighbours are of different videos. They know five dimensions only of a Video.
+    # The transforms mix each clip with the one before it. So the first clips of all videos
+    # come first, then the second ones: then these two are always of different videos.
     apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()
     mix = mixes[torch.randint(len(mixes), ()).item()]
+    # The transforms take clips of five dimensions only as a Video
     clips, targets = mix(Video(clips[apart]), labels[apart])
     return clips.as_subclass(torch.Tensor), targets
 
@@ -455,7 +461,7 @@ def finetune(config):
         scores = write_results(output, results, classes, views=f"{clips} clips x {crops} crops",
                                weights=origin)
         for reason in scores["unreadable"]:
-            print(f"unreadable: {reason}")
+            print(f"unreadable: {data.printable(reason)}")
         print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['videos']} "
               f"videos, {len(scores['unreadable'])} of them unreadable and counted as wrong; "
               f"{scores['views']}; weights: {origin}; see {output}/results.json")

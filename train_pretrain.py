@@ -62,11 +62,12 @@ class StrictLoader(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error, not a silent choice."""
 
     def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
+        names = set()
         for key, _ in node.value:
-            if names.count(key.value) > 1:
+            if key.value in names:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice",
                                            problem_mark=key.start_mark)
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -97,7 +98,7 @@ def refuse_unknown(value, known, what):
 def as_kind_of(default, value, name):
     """`value`, of the type of `default`. UserError if it is of another type.
 
-    A whole number is also a float, and so is text that YAML takes for no number: 1e-3.
+    Where a float is wanted, an int is taken, and text such as 1e-3, which YAML reads as text.
     """
     kind = type(default)
     if kind is float and type(value) in (int, str):
@@ -113,7 +114,7 @@ def as_kind_of(default, value, name):
     return value
 
 
-def change(config, section, key, value):
+def set_value(config, section, key, value):
     """Set one value. UserError if there is no such key, or if it is of another kind."""
     refuse_unknown(section, config, "section")
     refuse_unknown(key, config[section], f"key of section {section}")
@@ -152,7 +153,8 @@ def fill_in_names(config, presets, stage, init_is_given):
     names = [name for name, _ in presets]
     run["output"] = run["output"] or f"runs/{'-'.join(names)}/{stage}"
 
-    # A preset for fine-tuning alone has no pretraining of its own: `toy linear` takes toy's
+    # A preset that holds only section finetune shares the pretraining of the others: that of
+    # `toy linear` is toy's
     pretrained = [name for name, sections in presets if set(sections) != {"finetune"}]
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
@@ -182,7 +184,7 @@ def load_config(arguments, stage):
         for section, values in sections.items():
             refuse_unknown(section, config, "section")
             for key, value in values.items():
-                change(config, section, key, value)
+                set_value(config, section, key, value)
 
     for argument in [argument for argument in arguments if "=" in argument]:
         name, _, value = argument.partition("=")
@@ -192,7 +194,7 @@ def load_config(arguments, stage):
         if not isinstance(config.get(section, {}).get(key), str):
             with contextlib.suppress(yaml.YAMLError):   # else it stays text, which is refused
                 value = yaml.safe_load(value)
-        change(config, section, key, value)
+        set_value(config, section, key, value)
 
     check_ranges(config)
     init_is_given = any(argument.startswith("finetune.init=") for argument in arguments)
@@ -221,7 +223,7 @@ def run_command(stage, train):
             if dist.is_initialized():
                 dist.destroy_process_group()
     except UserError as error:
-        sys.exit(str(error) or 1)
+        sys.exit(str(error) or 1)           # empty in all processes but one: see Machine.stop
 
 
 # --- The machine ------------------------------------------------------------
@@ -250,8 +252,8 @@ def join_processes(device):
     """Join the other processes that torchrun has started."""
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the attempt before. So
-    # each attempt has a prefix of its own, except on several machines: their counts of
-    # restarts can differ, and then they would not meet.
+    # each attempt has a prefix of its own. On several machines the counts of restarts may
+    # differ, and prefixes would keep processes from finding each other: there it is left out.
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
@@ -378,7 +380,7 @@ def micro_batch_rows(plan, rank, world_size):
 
 
 def learning_rate(step, plan):
-    """Linear from 0 over the warm-up, then a cosine that ends after the last step."""
+    """Linear from 0 over the warm-up, then a cosine that would reach final_lr at plan.steps."""
     if step < plan.warmup_steps:
         return plan.peak_lr * step / plan.warmup_steps
     done = (step - plan.warmup_steps) / max(plan.steps - plan.warmup_steps, 1)
@@ -513,18 +515,18 @@ MAY_CHANGE = {
 class Training:
     """A run of one stage: its plan, how far it has come, and its checkpoint.
 
-    `about` names what else must not change when the run resumes; checkpoints keep it.
+    `must_match` is what must be the same when the run resumes, beside the settings.
     """
 
-    def __init__(self, config, stage, machine, model, optimizer, video_count, about):
+    def __init__(self, config, stage, machine, model, optimizer, video_count, must_match):
         self.config = config
         self.stage = stage
         self.machine = machine
         self.model = model
         self.optimizer = optimizer
         self.plan = make_plan(config, stage, video_count, machine.world_size)
-        self.about = dict(
-            stage=stage, videos=video_count, model_class=type(model).__name__, **about)
+        self.must_match = dict(
+            stage=stage, videos=video_count, model_class=type(model).__name__, **must_match)
         self.path = Path(config["run"]["output"], "last.pt")
         self.step = 0               # updates made
         self.tried = 0              # videos tried, those drawn in place of others included
@@ -555,7 +557,7 @@ class Training:
 
     def require_same(self, checkpoint):
         """UserError if these settings would train another thing, or in another way."""
-        pairs = {name: (value, checkpoint.get(name)) for name, value in self.about.items()}
+        pairs = {name: (value, checkpoint.get(name)) for name, value in self.must_match.items()}
         saved = checkpoint["config"]
         pairs["run.seed"] = (self.config["run"]["seed"], saved["run"]["seed"])
         for section in ("data", "model", self.stage):
@@ -603,7 +605,8 @@ class Training:
         Stop if more than data.max_unreadable of all videos tried were unreadable.
         """
         for reason in set(reasons) - self.reported:
-            tqdm.write(f"unreadable, another video is drawn: {reason}", file=sys.stderr)
+            tqdm.write(f"unreadable, another video is drawn: {data.printable(reason)}",
+                       file=sys.stderr)
         self.reported.update(reasons)
         self.tried += self.plan.batch + unreadable
         self.unreadable += unreadable
@@ -637,15 +640,15 @@ class Training:
             save_checkpoint(self.path, dict(
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                 scaler=self.machine.scaler.state_dict(), step=self.step, tried=self.tried,
-                unreadable=self.unreadable, config=self.config, **self.about))
+                unreadable=self.unreadable, config=self.config, **self.must_match))
 
 
 @contextlib.contextmanager
 def note_signals():
     """A list that is empty until SIGTERM or SIGINT comes, so that a run can save first.
 
-    After the first signal, SIGINT kills. SIGTERM does not: torchrun sends one to processes
-    that have had their own.
+    After the first signal, SIGINT (Ctrl-C) kills at once. SIGTERM is noted again, since
+    torchrun sends one to processes that have had a signal of their own.
     """
     received = []
 
@@ -689,12 +692,12 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
         asked = time.perf_counter()
         batch = next(batches)
-        # A wait counts only if the GPU has run out of work: then query() is true
+        # While the GPU is busy, waiting for data costs nothing. query() is true when it is idle.
         if machine.device.type != "cuda" or torch.cuda.current_stream().query():
             waited += time.perf_counter() - asked
         reasons += batch.unreadable
         if batch.clips is None:
-            raise UserError(f"{data.Videos.TRIES} videos in a row are unreadable; the last: "
+            raise UserError(f"{data.Videos.TRIES} videos in a row are unreadable, for example: "
                             f"{reasons[-1]}")
 
         # Processes share their gradients once a step, with the last micro-batch
@@ -708,15 +711,15 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     return loss, reasons, waited
 
 
-def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **about):
+def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
     """Train `model` on `videos` as section `stage` of the settings says, from the last checkpoint.
 
     loss_of(forward, batch, step, rows) is the loss of a micro-batch, a data.Batch that holds
     these rows of the global batch; `forward` is the model, compiled and wrapped.
     end_epoch(epoch, is_last) runs in every process; what it returns goes into the log.
-    Checkpoints keep `about`. Returns False if the run was finished before.
+    A run resumes only if `must_match` is the same. Returns False if it was finished before.
     """
-    training = Training(config, stage, machine, model, optimizer, len(videos), about)
+    training = Training(config, stage, machine, model, optimizer, len(videos), must_match)
     training.resume()
     plan = training.plan
     if training.step == plan.steps:
@@ -745,6 +748,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             machine.scaler.update()
             optimizer.zero_grad()
             training.step = step + 1
+            is_last = training.step == plan.steps
 
             # Log
             training.count_unreadable(reasons, int(unreadable))
@@ -755,12 +759,12 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             epoch, step_of_epoch = divmod(training.step, plan.steps_per_epoch)
             if step_of_epoch == 0:
                 model.eval()
-                scores = end_epoch(epoch, training.step == plan.steps)
+                scores = end_epoch(epoch, is_last)
                 training.log_scores(scores)
                 stopping, = machine.sum(len(signals))           # a validation takes its time
 
             # Save; stop if asked to
-            if stopping or scores or training.step == plan.steps or training.save_is_due():
+            if stopping or scores or is_last or training.save_is_due():
                 training.save()
             if stopping:
                 machine.gather(None)            # nobody leaves before the first has saved

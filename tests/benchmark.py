@@ -450,7 +450,7 @@ def decode_packets(path, numbers):
     """
     with data.open_video(path) as (container, stream):
         packets = data.read_packets(container, stream)
-        if not data.timestamps_are_an_index(container, stream, packets):
+        if not data.timestamps_identify_frames(container, stream, packets):
             return math.nan
         shown = sorted(packet.pts for packet in packets if not packet.is_discard)
         wanted = {shown[number] for number in numbers}

@@ -212,7 +212,7 @@ def test_the_failure_of_one_rank_ends_all_with_its_message(toy, tmp_path):
 
     script = start(toy, tmp_path / "run", f"data.train={tmp_path / 'list.txt'}", processes=2)
     _, err = script.finish(status=1)            # the first rank does not wait for ever
-    assert f"10 videos in a row are unreadable; the last: {broken}" in err
+    assert f"10 videos in a row are unreadable, for example: {broken}" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -455,7 +455,7 @@ FINETUNE = [
 # What is found in the first step
 SCRIPTS = [
     ("train_pretrain.py", "data.train={bad}/broken.txt",
-     "10 videos in a row are unreadable; the last: {bad}/broken.mp4"),
+     "10 videos in a row are unreadable, for example: {bad}/broken.mp4"),
     ("train_finetune.py", "finetune.init=scratch run.max_batch=1 finetune.mixup=0.8",
      "mix different videos, but a process takes one at a time"),
 ]
