@@ -45,8 +45,8 @@ import torch
 import torch.nn.functional as F
 from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import decode_image
 from torchvision.transforms.v2 import RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
@@ -86,23 +86,23 @@ def has_suffix(path, suffixes):
 def videos_below(folder):
     """The videos in a folder and its subfolders, links followed, in alphabetical order.
 
-    A folder of images, and of no videos, is a video itself: its frames. Hidden files and
-    folders are left out, and so are those that macOS adds to archives.
+    A folder of images, without videos or folders in it, is a video itself: its frames.
+    Hidden files and folders are left out, and so are those that macOS adds to archives.
     """
     videos = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         parent = Path(parent)
         names = [name for name in names if not name.startswith(".")]
-        here = [parent / name for name in names if has_suffix(name, VIDEO_SUFFIXES)]
-        if not here and any(has_suffix(name, IMAGE_SUFFIXES) for name in names):
-            here = [parent]
-            folders.clear()
-        videos += here
         # A link to a folder that holds this one would be followed for ever
         resolved = parent.resolve()
         folders[:] = [name for name in folders
                       if not name.startswith((".", "__MACOSX"))
                       and not resolved.is_relative_to((parent / name).resolve())]
+        here = [parent / name for name in names if has_suffix(name, VIDEO_SUFFIXES)]
+        has_images = any(has_suffix(name, IMAGE_SUFFIXES) for name in names)
+        if has_images and not here and not folders:
+            here = [parent]
+        videos += here
     return sorted(videos)
 
 
@@ -142,7 +142,7 @@ def read_folder(source):
     if any(source in (path, path.parent) for path in videos):
         return [(path, None) for path in videos]
     named = [(path, path.relative_to(source).parts[0]) for path in videos]
-    if {name for _, name in named} <= {"train", "val", "validation", "test"}:
+    if {name.lower() for _, name in named} <= {"train", "val", "validation", "test"}:
         raise UserError(f"{source}: its folders are parts of a data set, not classes: name one of "
                         f"them, for example {source / named[0][1]}")
     return named
@@ -183,7 +183,8 @@ def read_something(source, text):
 
 def read_something_classes(source):
     """Class names, in the order of their numbers, from labels.json beside the annotations."""
-    files = sorted(source.parent.glob("*labels.json"))
+    files = sorted(path for path in source.parent.glob("*labels.json")
+                   if not path.name.startswith("."))
     if len(files) != 1:
         raise UserError(f"{source}: Something-Something's labels.json must be beside it, once; "
                         f"found {', '.join(path.name for path in files) or 'none'}")
@@ -219,8 +220,8 @@ def read_list(source, text, folders):
         if not has_suffix(name, VIDEO_SUFFIXES) and not find_file(name, folders):
             header = "; if it is a header, remove it" if not named else ""
             raise UserError(f"{source}:{line_number}: expected `path label`, with one number as "
-                            f"the label, `path,label` or `path` of a video, found: {line[:200]}"
-                            f"{header}")
+                            f"the label, `path,label` or `path`, of a video or of a folder of "
+                            f"images that is there, found: {line[:200]}{header}")
         first_form = first_form or form
         if form != first_form:
             raise UserError(f"{source}:{line_number}: expected `{first_form}`, as in the lines "
@@ -321,7 +322,7 @@ def read_annotations(source, root="", classes=None):
     else:
         text = read_text(source)
         first_line = text.lstrip().partition("\n")[0]
-        cells = [cell.strip().lower() for cell in re.split("[,;\t]", first_line)]
+        cells = [cell.strip(' \r"').lower() for cell in re.split("[,;\t]", first_line)]
         # JSON begins with `[{`, with `[]`, or with a line that is only `[`. A list may begin
         # with a video that is named `[1].mp4`.
         if re.match(r"\[\s*([{\]]|$)", first_line):
@@ -530,15 +531,26 @@ def decode_indexed(decoder, packets, wanted, convert):
             refuse_damaged(frame)
             if frame.pts in wanted:
                 frames[frame.pts] = convert(frame)
-    if decoder.name == "h264":
-        decoder.skip_frame = "DEFAULT"
     return frames
 
 
 def decode_all(decoder, packets):
-    """Every frame, in the decoder's order."""
+    """Every frame, in the decoder's order.
+
+    A file that breaks off may end in a part of a packet. A damaged frame of it is left out.
+    """
+    last = packets[-1]
     for packet in [*packets, None]:                     # None drains the decoder
-        yield from decoder.decode(packet)
+        try:
+            frames = decoder.decode(packet)
+        except av.error.FFmpegError:
+            if packet is not last:
+                raise
+            continue
+        for frame in frames:
+            is_last = last.pts is not None and frame.pts == last.pts
+            if not (frame.is_corrupt and is_last):
+                yield frame
 
 
 def decode_counted(decoder, packets, wanted, convert):
@@ -661,16 +673,20 @@ def image_files(folder):
              and not path.name.startswith(".")]
     if not paths:
         raise UnreadableVideo(f"{folder}: there are no images in this folder")
-    return sorted(paths, key=lambda path: [int(part) if part.isdigit() else part
+    return sorted(paths, key=lambda path: [int(part) if part.isdecimal() else part
                                            for part in re.split(r"(\d+)", path.name)])
 
 
 def read_image(path):
     """uint8 [3, H, W], RGB. Raises UnreadableVideo."""
+    # Pillow, since torchvision's own decoder ends the process at a damaged PNG
     try:
-        return decode_image(str(path), mode="RGB")
-    except (OSError, RuntimeError) as error:
-        raise UnreadableVideo(f"{path}: {str(error).splitlines()[0]}") from None
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError("it has more than 8 bits for each colour")
+            return tv.pil_to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadableVideo(f"{path}: {error}") from None
 
 
 def read_image_clips(folder, choose):
@@ -1184,7 +1200,7 @@ def upright(frame):
     return av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
 
 
-def upright_frames(source):
+def timed_frames(source):
     """(frame, time in units of the stream's time base, stream) of all frames of a video.
 
     Of a folder of images, the time counts frames, and the stream is None.
@@ -1195,15 +1211,19 @@ def upright_frames(source):
             yield av.VideoFrame.from_ndarray(pixels, format="rgb24"), number, None
         return
     with open_video(source) as (container, stream):
-        for frame in decode_all(stream.codec_context, read_packets(container, stream)):
+        frames = decode_all(stream.codec_context, read_packets(container, stream))
+        for number, frame in enumerate(frames):
             refuse_damaged(frame)
-            yield upright(frame), frame.pts or 0, stream
+            pts = frame.pts
+            if pts is None:                             # raw streams have no times
+                pts = round(number / (stream.average_rate or 25) / stream.time_base)
+            yield frame, pts, stream
 
 
-def add_shrunk_stream(writer, frame, stream, short_side, key_frames):
+def add_shrunk_stream(writer, frame, is_turned, stream, short_side, key_frames):
     """Add to `writer` an H.264 stream for the frames of `stream`, small and fast to decode.
 
-    `frame` is the first of them.
+    `frame` is the first of them, upright. `is_turned` tells that rows became columns.
     """
     scale = min(1, short_side / min(frame.width, frame.height))
     width = max(2, round(frame.width * scale / 2) * 2)          # H.264 wants even sizes
@@ -1217,7 +1237,6 @@ def add_shrunk_stream(writer, frame, stream, short_side, key_frames):
         options=options, colorspace=frame.colorspace, color_range=frame.color_range)
     shape = stream.sample_aspect_ratio if stream else None      # of a pixel
     if shape:
-        is_turned = frame.width != stream.width
         output.sample_aspect_ratio = 1 / shape if is_turned else shape
     return output
 
@@ -1227,9 +1246,12 @@ def write_shrunk(source, target, short_side, key_frames):
     output = None
     count = 0
     with av.open(str(target), "w", format="mp4") as writer:
-        for frame, pts, stream in upright_frames(source):
+        for frame, pts, stream in timed_frames(source):
+            is_turned, _, _ = orientation(frame)
+            frame = upright(frame)
             if output is None:
-                output = add_shrunk_stream(writer, frame, stream, short_side, key_frames)
+                output = add_shrunk_stream(
+                    writer, frame, is_turned, stream, short_side, key_frames)
                 start = pts                             # the first frame's time becomes zero
                 last = -1
             frame = reformat(frame, "yuv420p", width=output.width, height=output.height)

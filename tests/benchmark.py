@@ -556,7 +556,7 @@ def benchmark_decode(options, config, device):
 def loader_rate(videos, workers, rounds):
     """Clips a second from data.load_batches, over ten micro-batches of 4 a round."""
     warm_up = 4                                         # micro-batches: the workers start
-    order = data.training_order(len(videos), batch=4, first_step=0, steps=warm_up + 10 * rounds,
+    order = data.training_order(len(videos), batch=4, first_step=0, end_step=warm_up + 10 * rounds,
                                 seed=0, rank=0, world_size=1)
     batches = data.load_batches(videos, 4, order, workers, data.collate)
     for _ in range(warm_up):
