@@ -8,12 +8,12 @@ another (3.3.1). Every sample draws an order of its clusters, by default at
 random (3.3.2). A cluster's *place* is its position in this order, counted from
 1. "Earlier" always means earlier in this order, not earlier in time.
 
-    Encoder   takes a random fifth of the tokens of every cluster but the last, the
-              visible ones (4.1). A token attends to its own cluster and to earlier
-              ones (3.3.3). Nothing comes after the last cluster to need it.
+    Encoder   takes a random fifth of the tokens of every cluster but the last, which
+              no later cluster would use: the visible tokens (4.1). A token attends to
+              its own cluster and to earlier ones (3.3.3).
     Decoder   predicts all tokens, visible or not, of every cluster but the first,
-              from the encoder's output for earlier clusters (3.3.3). Nothing comes
-              before the first cluster to predict it from.
+              which has nothing to be predicted from, by the encoder's output for
+              earlier clusters (3.3.3).
     Loss      mean squared error of the pixels. Each cube is normalised by its
               own mean and deviation, colour by colour (4.1).
 
@@ -553,7 +553,7 @@ class ARVideo(nn.Module):
         target = take(self.target(video, cubes), queried)               # [B, Q, 3, P]
         mean, deviation = self.statistics(target)                       # [B, Q, 3, 1]
         target = (target - mean) / deviation                            # [B, Q, 3, P]
-        # In fp32, also under autocast: bf16 has too few digits for a mean of so many numbers
+        # In fp32, also under autocast
         return F.mse_loss(prediction.float(), target)
 
     @torch.no_grad()

@@ -245,13 +245,14 @@ def find_file(name, folders):
     for folder in folders:
         for candidate in names:
             path = folder / candidate
-            if path.is_file() or is_image_folder(path):
+            if os.path.isfile(path) or is_image_folder(path):
                 return path
     return None
 
 
 def is_image_folder(path):
-    return path.is_dir() and any(has_suffix(name, IMAGE_SUFFIXES) for name in os.listdir(path))
+    return os.path.isdir(path) and any(
+        has_suffix(name, IMAGE_SUFFIXES) for name in os.listdir(path))
 
 
 def number_classes(source, named, classes):
@@ -304,7 +305,7 @@ def read_annotations(source, root="", classes=None):
     of a list in both places. `classes`, the names of the training set, fixes the class numbers.
     UserError names the file, the line and what is wrong.
     """
-    # Where the annotations are, as given or below root, and the videos
+    # Find the annotations, as given or below root, and the folder of the videos
     candidates = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
     existing = [path for path in candidates if path.exists()]
     if not existing:
@@ -359,7 +360,10 @@ def read_lists(settings):
     train, classes = read_annotations(lists["train"], settings["root"])
     val = []
     if lists["val"]:
-        val, _ = read_annotations(lists["val"], settings["root"], classes)
+        val, val_classes = read_annotations(lists["val"], settings["root"], classes)
+        if val_classes and not classes and train[0].label is not None:
+            raise UserError(f"{lists['val']} names its classes and {lists['train']} only numbers "
+                            "them: name them in classes.txt beside it")
     return train, val, classes
 
 
@@ -1027,8 +1031,8 @@ def load_batches(dataset, batch_size, order, workers, join=list, pin_memory=Fals
     """
     others = multiprocessing.active_children()
     # From Python 3.14 on, workers come from a fork server, which would die of a SIGTERM that
-    # is sent to all processes of a run. It inherits that SIGTERM is blocked while it starts.
-    # One that comes for this process meanwhile is delivered afterwards.
+    # is sent to all processes of a run. So SIGTERM is blocked while the server starts, and it
+    # inherits the block. A SIGTERM for this process in that time is delivered afterwards.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         batches = iter(DataLoader(
@@ -1054,8 +1058,9 @@ def load_batches(dataset, batch_size, order, workers, join=list, pin_memory=Fals
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# How a class moves the window over the texture: pixels to the right, pixels down, radians,
-# logarithm of the zoom. What is seen moves the other way: for `left` the window goes right.
+# What a class does as time goes on: the window over the texture goes right and down by these
+# pixels, so that what is seen goes the other way; what is seen turns clockwise by these
+# radians, and grows by this logarithm.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
@@ -1086,10 +1091,10 @@ def toy_clip(motion, generator):
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
     window_right, window_down, turned, zoomed = (
         factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
-    angle = 2 * math.pi * turn - turned
+    angle = 2 * math.pi * turn - turned     # the window turns against what is seen
     log_zoom = 0.9 * (zoom - 0.5) + zoomed
 
-    # The window on the texture, whose sides go from -1 to 1: an affine map [T, 2, 3]
+    # An affine map [T, 2, 3] from the window to the texture, which spans -1 to 1
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([window_right, window_down], 1).unsqueeze(2) * 2 / 128
     centre = rotation @ shift + (torch.tensor([[x], [y]]) - 0.5) * 0.4
@@ -1301,7 +1306,7 @@ def shrink(source, target, short_side, key_frames, workers):
     for path in videos_below(source):
         if target in path.parents:
             continue
-        goal = target / path.relative_to(source)
+        goal = target / (path.relative_to(source) if path != source else source.name)
         if has_suffix(goal, VIDEO_SUFFIXES):
             goal = goal.with_suffix("")
         goal = goal.with_name(goal.name + ".mp4")

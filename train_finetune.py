@@ -216,7 +216,7 @@ class Result(NamedTuple):
 def frame_chooser(config, dense, segments, clips):
     """The function that finetune.sampling names, `dense` or `segments`, with its arguments.
 
-    What is left to give is the number of frames.
+    It is left to be called with the number of frames of a video.
     """
     frames = config["model"]["frames"]
     if config["finetune"]["sampling"] == "dense":
@@ -358,8 +358,9 @@ def mix_videos(clips, labels, mixes, repeats):
     clips [B R, 3, T, H, W] and labels [B R], the R = `repeats` clips of a video one after
     another; targets [B R, classes]. Every clip is mixed with one of another video.
     """
-    # The transforms mix each clip with the one before it. So the first clips of all videos
-    # come first, then the second ones: then these two are always of different videos.
+    # The transforms mix each clip with the one before it, and the first with the last. So the
+    # first clips of all videos come first, then the second ones, and so on: neighbours are
+    # then never of one video.
     apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()
     mix = mixes[torch.randint(len(mixes), ()).item()]
     # The transforms take clips of five dimensions only as a Video

@@ -647,8 +647,8 @@ class Training:
 def note_signals():
     """A list that is empty until SIGTERM or SIGINT comes, so that a run can save first.
 
-    After the first signal, SIGINT (Ctrl-C) kills at once. SIGTERM is noted again, since
-    torchrun sends one to processes that have had a signal of their own.
+    After the first signal, SIGINT (Ctrl-C) kills at once. Further SIGTERMs are only noted:
+    torchrun sends one after a signal that has reached this process directly.
     """
     received = []
 

@@ -1,10 +1,8 @@
 """Videos and lists that are easily read wrong: each is read right, or refused by name."""
 
-import json
 import os
 import random
 import re
-import shutil
 import signal
 import time
 from fractions import Fraction
@@ -672,3 +670,396 @@ def test_frames_equal_those_of_a_sequential_decoder(tmp_path, video):
 
 def test_the_sweep_is_wide():
     assert len(sweep()) >= 60
+
+
+# --- Folders of images ------------------------------------------------------
+
+
+def write_images(folder, suffix="png", count=COUNT):
+    """The frames of a video as images 1, 2, ... 10, 11, ...: [count, H, W, 3]."""
+    folder.mkdir(parents=True)
+    frames = pictures(count)
+    for i, pixels in enumerate(frames, 1):
+        Image.fromarray(pixels).save(folder / f"{i}.{suffix}")
+    return frames
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG"])
+def test_a_folder_of_images_is_a_video(tmp_path, suffix):
+    """In natural order, where 2 comes before 10."""
+    folder = tmp_path / "video"
+    expected = write_images(folder, suffix)
+    (folder / "notes.txt").write_text("hello")
+    (folder / "._1.png").write_text("hello")
+    if suffix != "png":
+        paths = [folder / f"{i}.{suffix}" for i in range(1, COUNT + 1)]
+        expected = np.stack([np.asarray(Image.open(path)) for path in paths])
+    assert_read(folder, expected)
+
+
+def test_numbers_in_names_of_images_are_compared_as_numbers(tmp_path):
+    names = ["a1_9.png", "a1_10.png", "a2_1.png", "a10_1.png", "b.png"]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    assert [path.name for path in data.image_files(tmp_path)] == names
+
+
+def test_images_become_rgb_of_one_size(tmp_path):
+    """The first image's size. Grey, a palette and transparency are resolved."""
+    colour = Image.new("RGB", (64, 48), (200, 20, 20))
+    colour.save(tmp_path / "1.png")
+    colour.resize((32, 24)).save(tmp_path / "2.png")
+    colour.quantize().save(tmp_path / "3.png")
+    colour.convert("RGBA").save(tmp_path / "4.png")
+    Image.new("L", (64, 48), 99).save(tmp_path / "5.png")
+    frames = read_all(tmp_path)
+    assert frames.shape == (5, 48, 64, 3)
+    assert (frames[:4] == (200, 20, 20)).all()
+    assert (frames[4] == 99).all()
+
+
+def damage_image(path):
+    """Zero a part of it, so that the checksum of a PNG fails."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes(50) + content[middle + 50:])
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def deepen(path):
+    """16 bits for a pixel, as depth cameras write them."""
+    Image.fromarray(np.full((48, 64), 40000, np.uint16)).save(path)
+
+
+@pytest.mark.parametrize("suffix, spoil", [
+    ("png", damage_image), ("png", halve), ("jpg", halve), ("png", deepen),
+    ("png", lambda path: path.write_text("hello")), ("jpg", lambda path: path.write_bytes(b""))])
+def test_an_unreadable_image_is_refused_by_name(tmp_path, suffix, spoil):
+    folder = tmp_path / "video"
+    expected = write_images(folder, suffix, count=6)
+    spoil(folder / f"4.{suffix}")
+    for numbers in ([3], list(range(6))):
+        with pytest.raises(UnreadableVideo, match=f"video/4.{suffix}"):
+            read_clips(folder, lambda count: [numbers])
+    assert f"video/4.{suffix}" in data.unreadable_reason(folder)
+    assert f"video/4.{suffix}" in data.shrink_video((folder, tmp_path / "shrunk.mp4"), 48, 8)
+    assert not list(tmp_path.glob("*shrunk*"))
+    # The others are read
+    assert np.abs(read_one(folder, 2).astype(int) - expected[2]).mean() < 16
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    assert_refused(tmp_path)
+
+
+def test_folders_of_images_are_found_like_videos(tmp_path):
+    """In class folders, in lists and by their stems."""
+    for name in ("wave/7", "wave/12", "clap/3"):
+        write_images(tmp_path / "videos" / name, count=2)
+    (tmp_path / "videos" / "clap" / "4.mp4").touch()
+    (tmp_path / "videos" / "thumbnail.png").touch()         # beside folders: not a frame
+    entries, classes = read_annotations(tmp_path / "videos")
+    assert named(entries) == [("3", 0), ("4.mp4", 0), ("12", 1), ("7", 1)]
+    assert classes == ["clap", "wave"]
+
+    listed = tmp_path / "list.txt"
+    listed.write_text("wave/7 5\nclap/4.mp4 6\nclap/3 7\n")
+    entries, _ = read_annotations(listed, tmp_path / "videos")
+    assert named(entries) == [("7", 5), ("4.mp4", 6), ("3", 7)]
+
+    (tmp_path / "labels.json").write_text('{"Up": "0", "Down": "1"}')
+    official = tmp_path / "train.json"
+    official.write_text('[{"id": "12", "template": "Down"}, {"id": "3", "template": "Up"}]')
+    entries, _ = read_annotations(official, tmp_path / "videos")
+    assert named(entries) == [("12", 1), ("3", 0)]
+
+
+def test_shrink_and_check_know_folders_of_images(tmp_path):
+    expected = write_images(tmp_path / "videos" / "wave" / "7.5")
+    write_images(tmp_path / "videos" / "wave" / "8", count=3)
+    (tmp_path / "videos" / "wave" / "8" / "2.png").write_text("hello")
+    reason, = data.check([tmp_path / "videos"], "", workers=0)
+    assert "8/2.png" in reason
+    reason, = data.shrink(tmp_path / "videos", tmp_path / "small", 32, 8, workers=0)
+    assert "8/2.png" in reason
+    small = tmp_path / "small" / "wave" / "7.5.mp4"
+    assert [path for path in (tmp_path / "small").rglob("*") if path.is_file()] == [small]
+    assert decode(small).shape == (len(expected), 32, 42, 3)
+
+    # A list of the folders finds what they have become
+    listed = tmp_path / "list.txt"
+    listed.write_text("wave/7.5 3\n")
+    assert read_annotations(listed, tmp_path / "small") == ([data.Entry(str(small), 3)], None)
+
+
+# --- Lists and folders of all kinds -----------------------------------------
+
+
+def named(entries):
+    return [(Path(path).name, label) for path, label in entries]
+
+
+def write_files(root, files):
+    """{name: text} or names of empty files."""
+    for name in files:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files[name] if isinstance(files, dict) else "", encoding="utf-8")
+
+
+def assert_outcome(outcome, source, root=""):
+    """The entries [(name, label), ...], or the sentence of the UserError."""
+    if isinstance(outcome, str):
+        with pytest.raises(UserError, match=outcome):
+            read_annotations(source, root)
+    else:
+        entries, _ = read_annotations(source, root)
+        assert named(entries) == outcome
+
+
+C_AND_D = [("c.mp4", 0), ("d.mp4", 1)]
+EXPECTED = "expected `path label`, with one number as the label, `path,label` or `path`.*found: "
+LISTS = {
+    "blanks": ("c.mp4 0\nd.mp4 1\n", C_AND_D),
+    "tabs": ("c.mp4\t0\nd.mp4\t1\n", C_AND_D),
+    "commas": ("c.mp4,0\nd.mp4,1\n", C_AND_D),
+    "commas and blanks": ("c.mp4, 0\nd.mp4 ,1\n", C_AND_D),
+    "semicolons": ("c.mp4;0\nd.mp4;1\n", C_AND_D),
+    "lines of Windows, a mark at the start": ("\ufeffc.mp4 0\r\nd.mp4 1\r\n", C_AND_D),
+    "empty lines": ("\n\nc.mp4 0\n\n  \nd.mp4 1", C_AND_D),
+    "blanks in a name": ("a b.mp4 3\nc.mp4 0\n", [("a b.mp4", 3), ("c.mp4", 0)]),
+    "commas in a name": ("a,1.mp4,3\nc.mp4,0\n", [("a,1.mp4", 3), ("c.mp4", 0)]),
+    "paths": ("c.mp4\nd.mp4\n", [("c.mp4", None), ("d.mp4", None)]),
+    "what was shrunk": ("c.avi 0\nd.MTS 1\n", C_AND_D),
+    "a missing video": ("c.mp4 0\ngone.mp4 7\nd.mp4 1\n", C_AND_D),
+
+    "a header": ("path label\nc.mp4 0\n", f"list.txt:1: {EXPECTED}path label; if it is a header"),
+    "a header with a comma": ("path,label\nc.mp4,0\n",
+                              f"list.txt:1: {EXPECTED}path,label; if it is a header, remove it"),
+    "a header of one word": ("video\nc.mp4\n", f"list.txt:1: {EXPECTED}video; if it is a header"),
+    "several labels": ("c.mp4 0 1 5\nd.mp4 2\n", f"list.txt:1: {EXPECTED}c.mp4 0 1 5"),
+    "several labels below": ("d.mp4 2\nc.mp4 0 1 5\n", f"list.txt:2: {EXPECTED}c.mp4 0 1 5$"),
+    "several labels, commas": ("c.mp4,0,1\n", f"list.txt:1: {EXPECTED}c.mp4,0,1"),
+    "a number of frames": ("c.mp4 120 0\nd.mp4 99 1\n", f"list.txt:1: {EXPECTED}c.mp4 120 0"),
+    "a name as label": ("c.mp4 waving\n", f"list.txt:1: {EXPECTED}c.mp4 waving"),
+    "a name as label, comma": ("c.mp4,waving\n", f"list.txt:1: {EXPECTED}c.mp4,waving"),
+    "a negative label": ("c.mp4 0\nd.mp4 -1\n", f"list.txt:2: {EXPECTED}d.mp4 -1"),
+    "a fraction as label": ("c.mp4 0.5\n", f"list.txt:1: {EXPECTED}c.mp4 0.5"),
+    "the label first": ("0 c.mp4\n", "none of its 1 videos .*first: 0 c.mp4"),
+    "quotes": ('"c.mp4",0\n', f'list.txt:1: {EXPECTED}"c.mp4",0'),
+    "a comma, then a blank": ("c.mp4,0\nd.mp4 1\n", "list.txt:2: expected `path,label`, as in"),
+    "a blank, then a comma": ("c.mp4 0\nd.mp4,1\n", "list.txt:2: expected `path label`, as in"),
+    "a comma, then a semicolon": ("c.mp4,0\nd.mp4;1\n", "list.txt:2: expected `path,label`, as"),
+    "a label, then none": ("c.mp4 0\nd.mp4\n", "list.txt:2: expected `path label`, as in"),
+    "no label, then one": ("c.mp4\nd.mp4 1\n", "list.txt:2: expected `path`, as in the lines bef"),
+    "a comment": ("c.mp4 0\n# the end\n", f"list.txt:2: {EXPECTED}# the end$"),
+    "no such folder": ("wave/7 0\n", f"list.txt:1: {EXPECTED}wave/7 0"),
+    "nothing": ("\n", "list.txt: the annotation file is empty"),
+    "only missing videos": ("gone.mp4 0\n", "none of its 1 videos is under .*set data.root"),
+}
+
+
+@pytest.mark.parametrize("text, outcome", LISTS.values(), ids=LISTS)
+def test_a_list_is_read_or_refused_as_a_whole(tmp_path, capsys, text, outcome):
+    write_files(tmp_path / "videos", ["c.mp4", "d.mp4", "a b.mp4", "a,1.mp4"])
+    write_files(tmp_path, {"list.txt": text})
+    assert_outcome(outcome, tmp_path / "list.txt", tmp_path / "videos")
+    printed = capsys.readouterr().err
+    if "gone" in text and isinstance(outcome, list):
+        assert "1 of 3 videos are not under" in printed
+        assert "first gone.mp4" in printed
+    else:
+        assert printed == ""
+
+
+HEADER = "label,youtube_id,time_start,time_end,split"
+ROWS = 'zumba,abc,10,20,train\n"air, drumming",x-y,0,10,train\n'
+AIR_AND_ZUMBA = [("abc_000010_000020.mp4", 1), ("x-y_000000_000010.mp4", 0)]
+NO_ROW = "expected a label, a youtube_id and two times, found: "
+KINETICS = {
+    "as published": (f"{HEADER}\n{ROWS}", AIR_AND_ZUMBA),
+    "capitals": (f"Label,YouTube_ID,Time_Start,TIME_END,Split\n{ROWS}", AIR_AND_ZUMBA),
+    "blanks": (f"{HEADER}\n{ROWS}".replace(",", ", ").replace("air,  ", "air, "), AIR_AND_ZUMBA),
+    "blanks before commas": (f"{HEADER}\n{ROWS}".replace(",", " ,").replace("air ,", "air,"),
+                             AIR_AND_ZUMBA),
+    "semicolons": (f"{HEADER.replace(',', ';')}\nzumba;abc;10;20;train\n"
+                   "air, drumming;x-y;0;10;train\n", AIR_AND_ZUMBA),
+    "tabs": (f"{HEADER.replace(',', chr(9))}\nzumba\tabc\t10\t20\ttrain\n"
+             "air, drumming\tx-y\t0\t10\ttrain\n", AIR_AND_ZUMBA),
+    "quotes": ('"label","youtube_id","time_start","time_end"\n"zumba","abc","10","20"\n'
+               '"air, drumming","x-y","0","10"\n', AIR_AND_ZUMBA),
+    "another order, a mark at the start": (
+        "\ufeffyoutube_id,time_start,time_end,label\r\nabc,10,20,zumba\r\n"
+        'x-y,0,10,"air, drumming"\r\n', AIR_AND_ZUMBA),
+    "times with decimals": (f"{HEADER}\nzumba,abc,10.0,20.0,train\n",
+                            [("abc_000010_000020.mp4", 0)]),
+
+    "no label": ("youtube_id,time_start,time_end\nabc,10,20\n", "the column label is missing in"),
+    "a time is a word": (f"{HEADER}\nzumba,abc,ten,20,train\n",
+                         f"list.csv:2: {NO_ROW}zumba,abc,ten,20,train"),
+    "a time is endless": (f"{HEADER}\nzumba,abc,inf,20,train\n", f"list.csv:2: {NO_ROW}"),
+    "a short row": (f"{HEADER}\n{ROWS}zumba,abc\n", f"list.csv:4: {NO_ROW}zumba,abc"),
+    "commas, then semicolons": (f"{HEADER}\nzumba;abc;10;20\n", f"list.csv:2: {NO_ROW}zumba;abc"),
+}
+
+
+@pytest.mark.parametrize("text, outcome", KINETICS.values(), ids=KINETICS)
+def test_kinetics_lists_of_all_kinds(tmp_path, text, outcome):
+    write_files(tmp_path, {"list.csv": text, "abc_000010_000020.mp4": "",
+                           "deep/x-y_000000_000010.mp4": ""})
+    assert_outcome(outcome, tmp_path / "list.csv")
+
+
+CLASS_FOLDERS = ["wave/a.mp4", "clap/b.mp4"]
+A_AND_B = [("b.mp4", 0), ("a.mp4", 1)]
+SUFFIXES = ["mp4", "MTS", "m2ts", "ogv", "asf", "3g2"]
+FOLDERS = {
+    "class folders": (CLASS_FOLDERS, A_AND_B),
+    "what notebooks leave": ([*CLASS_FOLDERS, ".ipynb_checkpoints/a-checkpoint.mp4",
+                              "wave/.ipynb_checkpoints/a-checkpoint.mp4"], A_AND_B),
+    "a bin": ([*CLASS_FOLDERS, ".Trash-1000/files/c.mp4"], A_AND_B),
+    "what macOS adds": ([*CLASS_FOLDERS, "__MACOSX/wave/._a.mp4", "__MACOSX/c.mp4",
+                         "wave/._a.mp4", "._c.mp4", "wave/.DS_Store"], A_AND_B),
+    "what Unix hides": ([*CLASS_FOLDERS, ".c.mp4", "wave/.b.mp4"], A_AND_B),
+    "other files": ([*CLASS_FOLDERS, "readme.txt", "wave/a.wav", "clap/b.json", "notes/x.md",
+                     "classes.png"], A_AND_B),
+    "all suffixes": ([f"wave/a.{suffix}" for suffix in SUFFIXES],
+                     [(f"a.{suffix}", 0) for suffix in sorted(SUFFIXES)]),
+    "videos, and class folders": ([*CLASS_FOLDERS, "c.mp4"],
+                                  [("c.mp4", None), ("b.mp4", None), ("a.mp4", None)]),
+    "parts beside classes": (["train/a.mp4", "car/b.mp4"], A_AND_B),
+
+    "train and val": (["train/wave/a.mp4", "val/wave/b.mp4"],
+                      "parts of a data set, not classes: name one of them, for example .*/train"),
+    "Train, Test": (["Train/a.mp4", "Test/b.mp4"], "parts of a data set, not classes"),
+    "only train": (["train/wave/a.mp4"], "parts of a data set, not classes: name one of them"),
+    "nothing": (["readme.txt"], "there are no videos in this folder or below it"),
+    "only hidden ones": ([".cache/a.mp4", "wave/._a.mp4"], "there are no videos in this folder"),
+}
+
+
+@pytest.mark.parametrize("files, outcome", FOLDERS.values(), ids=FOLDERS)
+def test_folders_of_all_kinds(tmp_path, files, outcome):
+    write_files(tmp_path, files)
+    assert_outcome(outcome, tmp_path)
+
+
+UP = '[{"id": "7", "template": "Moving [something] up"}]'
+UP_CLASSES = '{"Moving something up": "0"}'
+OFFICIAL = {
+    "as published": ({"x-labels.json": UP_CLASSES}, [("7.webm", 0)]),
+    "what macOS adds": ({"x-labels.json": UP_CLASSES, "._x-labels.json": "?"}, [("7.webm", 0)]),
+    "two files of classes": ({"a-labels.json": UP_CLASSES, "b-labels.json": UP_CLASSES},
+                             "labels.json must be beside it, once; found a-labels.json, b-label"),
+    "no file of classes": ({}, "labels.json must be beside it, once; found none"),
+}
+
+
+@pytest.mark.parametrize("files, outcome", OFFICIAL.values(), ids=OFFICIAL)
+def test_something_something_takes_one_file_of_classes(tmp_path, files, outcome):
+    write_files(tmp_path, {**files, "train.json": UP, "7.webm": ""})
+    assert_outcome(outcome, tmp_path / "train.json")
+
+
+def test_of_two_files_of_one_video_it_is_said_which_is_used(tmp_path, capsys):
+    """Once, with a count."""
+    files = {"7.mp4": "", "7.webm": "", "deep/7.avi": "", "8.mp4": "", "a/9.mp4": "", "b/9.mp4": ""}
+    write_files(tmp_path, {**files, "x-labels.json": UP_CLASSES, "train.json": UP})
+    assert_outcome([("7.mp4", 0)], tmp_path / "train.json")
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "3 videos have the name of another one" in printed
+    assert f"{tmp_path}/7.mp4 and not {tmp_path}/7.webm" in printed
+
+
+# --- Two runs in one folder -------------------------------------------------
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_refused(toy, tmp_path):
+    """At once, by both scripts. It changes nothing. What is killed leaves no lock behind."""
+    output = tmp_path / "run"
+    arguments = [*toy_lists(toy), "pretrain.epochs=6", "run.save_minutes=0"]
+    first = Script("train_pretrain.py", *arguments, output=output)
+    first.wait_for_steps(2)
+    first.send_signal(signal.SIGSTOP)
+    time.sleep(0.05)                            # a signal takes a moment to arrive
+    before = contents(output)
+    for script in ("train_pretrain.py", "train_finetune.py"):
+        second = Script(script, *arguments, "pretrain.lr=1e-5", "finetune.init=scratch",
+                        output=output)
+        _, printed = second.finish(status=1)
+        assert f"{output}: another run is writing here" in printed
+        assert "Traceback" not in printed
+    assert contents(output) == before
+
+    first.kill()
+    checkpoint, out, _ = pretrain(output, *arguments)
+    assert checkpoint["step"] == 18
+    assert int(re.search(r"from step (\d+) on", out)[1]) > 0
+
+
+@pytest.mark.slow
+def test_of_two_runs_that_begin_at_once_one_is_refused(toy, tmp_path):
+    """Before there is a folder to lock. The other is not disturbed."""
+    output = tmp_path / "run"
+    arguments = [*toy_lists(toy), "pretrain.epochs=3"]
+    scripts = [Script("train_pretrain.py", *arguments, output=output) for _ in range(2)]
+    printed = [script.finish(status=None)[1] for script in scripts]
+    assert sorted(script.process.exitcode for script in scripts) == [0, 1]
+    refused = [text for text in printed if "another run is writing here" in text]
+    assert len(refused) == 1
+    assert scripts[0].steps_logged() == 9
+    assert torch.load(output / "last.pt", weights_only=True)["step"] == 9
+
+
+# --- Many reads -------------------------------------------------------------
+
+
+def resident_megabytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_two_thousand_reads_take_no_more_memory_or_files(tmp_path):
+    """By timestamps and by counting, turned, damaged and unreadable, and of images."""
+    paths = [encode(tmp_path / "index.mp4", b_frames=2, size=(96, 128)),
+             encode(tmp_path / "turned.mp4"),
+             encode(tmp_path / "counted.avi", "mpeg4", size=(96, 128)),
+             encode(tmp_path / "damaged.mp4"),
+             tmp_path / "text.mp4",
+             tmp_path / "images"]
+    set_matrix(paths[1], 0, 1, -1, 0)
+    content = paths[3].read_bytes()
+    middle = len(content) // 2
+    paths[3].write_bytes(content[:middle] + bytes(300) + content[middle + 300:])
+    paths[4].write_text("hello")
+    write_images(paths[5])
+    refused = 0
+
+    def read_some(count):
+        nonlocal refused
+        for i in range(count):
+            numbers = [i % COUNT, 3 * i % COUNT, COUNT]
+            try:
+                read_clips(paths[i % len(paths)], lambda count: [numbers])
+            except UnreadableVideo:
+                refused += 1
+
+    read_some(300)
+    memory = resident_megabytes()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    refused = 0
+    read_some(2000)
+    assert 2000 / 6 <= refused <= 2 * 2000 / 6 + 1
+    assert resident_megabytes() - memory < 3
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
