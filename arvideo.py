@@ -11,9 +11,9 @@ random (3.3.2). A cluster's *place* is its position in this order, counted from
     Encoder   takes a random fifth of the tokens of every cluster but the last, which
               no later cluster would use: the visible tokens (4.1). A token attends to
               its own cluster and to earlier ones (3.3.3).
-    Decoder   predicts all tokens, visible or not, of every cluster but the first,
-              which has nothing to be predicted from, by the encoder's output for
-              earlier clusters (3.3.3).
+    Decoder   predicts, from the encoder's output for earlier clusters, all tokens,
+              visible or not, of every cluster but the first, which nothing precedes
+              (3.3.3).
     Loss      mean squared error of the pixels. Each cube is normalised by its
               own mean and deviation, colour by colour (4.1).
 
@@ -184,8 +184,8 @@ def position_table(grid, width, kind):
     """Fixed embeddings [N, width] of the positions of the tokens of a grid (t, h, w).
 
     1d   VideoMAE's: the position is the token's index in raster order
-    3d   time, height and width have a third of the channels each; what does not
-         divide stays zero
+    3d   time, height and width have a third of the channels each, rounded down to an
+         even number; the channels left over stay zero
     """
     tokens = torch.arange(math.prod(grid))
     if kind == "1d":

@@ -383,7 +383,8 @@ class UnreadableVideo(Exception):
 def open_video(path):
     """(container, video stream) of a file.
 
-    Errors of PyAV, the system or this file become UnreadableVideo in the with-block.
+    In the with-block, errors of PyAV and of the system, and the ValueErrors that this module
+    raises, become UnreadableVideo.
     """
     try:
         # An absolute path, since PyAV would take `a:b.mp4` for a protocol
@@ -472,7 +473,8 @@ def timestamps_identify_frames(container, stream, packets):
     # MKV have wrong timestamps.
     if "mov" not in formats and "mpegts" not in formats and decoder.name != "vp9":
         return False
-    # Other decoders have packets without a picture, or hide that they start at no key frame
+    # Streams of other codecs may have packets without a picture, or may begin at no key frame
+    # without saying so
     if decoder.name not in ("h264", "hevc", "vp9", "libdav1d"):
         return False
     if None in times or len(set(times)) < len(times):
@@ -483,8 +485,9 @@ def timestamps_identify_frames(container, stream, packets):
     # A stream that begins inside a group of pictures lacks what its first frames refer to
     if not packets[0].is_keyframe or packets[0].pts > min(times):
         return False
-    # H.264 may mark as a key frame where it begins to renew the picture part by part. At the
-    # start, no frame comes until the picture is whole.
+    # With intra refresh, H.264 marks as a key frame where the picture begins to be renewed part
+    # by part. A file that starts there gives no frame until the picture is whole, so some
+    # packets have no frame. Only an IDR picture is a sure start.
     if decoder.name == "h264" and not holds_idr(packets[0], "mpegts" in formats):
         return False
     # With B-frames, frames are shown in another order than they are decoded in. If all times
@@ -495,8 +498,9 @@ def timestamps_identify_frames(container, stream, packets):
 def packets_needed(packets, wanted):
     """Numbers of the packets to decode for the wanted timestamps, from a key frame up to each.
 
-    Usually that is the last key frame before the wanted one in the file. In an open group
-    of pictures it may be shown after the wanted frame; then an earlier key frame is needed.
+    Usually the last key frame stored before the wanted frame will do. In an open group of
+    pictures, that key frame may be shown after the wanted frame, which then refers to frames
+    before it: so an earlier key frame is needed.
     """
     number_of = {packet.pts: i for i, packet in enumerate(packets)}
     keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
@@ -583,7 +587,7 @@ def decode_clips(container, stream, choose, convert):
 
     Returns (clips, {id: converted frame}); a clip is a list of frame ids. An id is a
     timestamp, or a frame number where timestamps cannot be trusted. choose is called
-    again where there turn out to be fewer frames than was thought.
+    again if decoding by timestamps fails, or if there are fewer frames than was thought.
     """
     packets = read_packets(container, stream)
     decoder = stream.codec_context
@@ -594,7 +598,8 @@ def decode_clips(container, stream, choose, convert):
         clips = [[shown[number] for number in clip]
                  for clip in clamp(choose(len(shown)), len(shown))]
         wanted = {pts for clip in clips for pts in clip}
-        # An error may mean that what is marked as a key frame is none
+        # An error may mean only that a packet is wrongly marked as a key frame; then decoding
+        # from the start succeeds
         with contextlib.suppress(av.error.FFmpegError, ValueError):
             frames = decode_indexed(decoder, packets, wanted, convert)
             if len(frames) == len(wanted):
@@ -1040,7 +1045,8 @@ def load_batches(dataset, batch_size, order, workers, join=list, pin_memory=Fals
             pin_memory=pin_memory, worker_init_fn=ignore_signals))
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    # When a worker dies, torch's handler would raise in any line; instead we look below
+    # When a worker dies, torch's handler would raise in whatever line is running. So it is
+    # removed, and the `except` below asks whether a worker has ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     own = [worker for worker in multiprocessing.active_children() if worker not in others]
     try:
@@ -1058,9 +1064,9 @@ def load_batches(dataset, batch_size, order, workers, join=list, pin_memory=Fals
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# What a class does as time goes on: the window over the texture goes right and down by these
-# pixels, so that what is seen goes the other way; what is seen turns clockwise by these
-# radians, and grows by this logarithm.
+# The motion of each class for a frame, before the random speed: pixels that the window over
+# the texture goes right, pixels that it goes down, radians that the picture turns clockwise,
+# logarithm of the picture's growth. The picture moves opposite to the window.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),

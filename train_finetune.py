@@ -157,7 +157,8 @@ def load_weights(model, path, config, classes):
         if key in content:
             origin = f"{path} after {key} {content[key]}"
 
-    # A classifier or probe of the same classes: take everything. VideoMAE's files name no classes.
+    # A classifier or probe of the same class names: take everything. VideoMAE's files name no
+    # classes. Classes without names are the same if they are equally many.
     own = model.state_dict()
     if (content.get("classes", classes) == classes and weights.keys() == own.keys()
             and all(weights[name].shape == own[name].shape for name in own)):
@@ -390,7 +391,7 @@ def train_classifier(config, machine, model, train, val, classes):
     repeats = settings["clips_per_video"]
     last_pt = Path(run["output"], "last.pt")
     best_pt = Path(run["output"], "best.pt")
-    # A run that resumes has a best accuracy already
+    # A run that resumes has a best accuracy already, on the data.val of that time
     best_top1 = -1.0
     if last_pt.exists() and best_pt.exists():
         best_top1 = load_checkpoint(best_pt)["top1"]
@@ -454,7 +455,8 @@ def finetune(config):
         trained = train_classifier(config, machine, model, train, val, classes)
         origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before'}"
 
-    # The test on several views, of the last weights, as the protocol has it
+    # The test on several views: of the last weights, as the protocol has it; with test_only
+    # of those in finetune.init
     clips = settings["test_clips"]
     crops = settings["test_crops"]
     results = evaluate(model, val, config, machine, clips, crops)

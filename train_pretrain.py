@@ -647,8 +647,8 @@ class Training:
 def note_signals():
     """A list that is empty until SIGTERM or SIGINT comes, so that a run can save first.
 
-    After the first signal, SIGINT (Ctrl-C) kills at once. Further SIGTERMs are only noted:
-    torchrun sends one after a signal that has reached this process directly.
+    After the first signal, SIGINT (Ctrl-C) kills at once. Further SIGTERMs are only noted: a
+    signal may reach this process and torchrun too, which then sends a SIGTERM as well.
     """
     received = []
 
