@@ -360,10 +360,7 @@ def read_lists(settings):
     train, classes = read_annotations(lists["train"], settings["root"])
     val = []
     if lists["val"]:
-        val, val_classes = read_annotations(lists["val"], settings["root"], classes)
-        if val_classes and not classes and train[0].label is not None:
-            raise UserError(f"{lists['val']} names its classes and {lists['train']} only numbers "
-                            "them: name them in classes.txt beside it")
+        val, _ = read_annotations(lists["val"], settings["root"], classes)
     return train, val, classes
 
 
