@@ -34,7 +34,7 @@ import struct
 import sys
 import tempfile
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from itertools import dropwhile
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -887,10 +887,17 @@ def finetuning_clip(clip, size, flip, crop_area, rand_augment_strength, erase):
     return random_erasing(clip, erase)
 
 
+@cache
+def image_statistics(device):
+    """ImageNet's mean and deviation [3, 1, 1, 1]. They are sent to a device only once."""
+    return IMAGENET_MEAN.to(device), IMAGENET_STD.to(device)
+
+
 def normalise(clips, device):
     """uint8 [B, 3, T, H, W] -> float on the device, by ImageNet's mean and deviation."""
+    mean, deviation = image_statistics(device)
     clips = clips.to(device, non_blocking=clips.is_pinned()).float() / 255
-    return (clips - IMAGENET_MEAN.to(device)) / IMAGENET_STD.to(device)
+    return (clips - mean) / deviation
 
 
 # --- Samples and batches ----------------------------------------------------
@@ -1025,21 +1032,27 @@ def kill_workers():
         worker.kill()
 
 
-def load_batches(dataset, batch_size, order, workers, join=list, pin_memory=False):
+def load_batches(
+        dataset, batch_size, order, workers, join=list, pin_memory=False, context=None):
     """Batches of dataset[key] for the keys in `order`, read ahead by worker processes.
 
     join([item, ...]) makes a batch. With 0 workers this process reads them itself.
+    `context` is how workers start, "fork" or "forkserver"; None is Python's own choice.
     Raises UserError if a worker dies.
     """
     others = multiprocessing.active_children()
-    # From Python 3.14 on, workers come from a fork server, which would die of a SIGTERM that
-    # is sent to all processes of a run. So SIGTERM is blocked while the server starts, and it
-    # inherits the block. A SIGTERM for this process in that time is delivered afterwards.
+    if context == "forkserver":
+        # The server imports what workers need once, and they begin as its copies
+        multiprocessing.set_forkserver_preload(["__main__", __name__])
+    # A fork server would die of a SIGTERM that is sent to all processes of a run. So SIGTERM is
+    # blocked while the server starts, and it inherits the block. A SIGTERM for this process in
+    # that time is delivered afterwards.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         batches = iter(DataLoader(
             dataset, batch_size, sampler=order, num_workers=workers, collate_fn=join,
-            pin_memory=pin_memory, worker_init_fn=ignore_signals))
+            pin_memory=pin_memory, worker_init_fn=ignore_signals,
+            multiprocessing_context=context if workers else None))
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     # When a worker dies, torch's handler would raise in whatever line is running. So it is

@@ -236,8 +236,9 @@ def evaluate(model, entries, config, machine, clips, crops):
     videos = data.Views(entries, choose, config["model"]["size"], crops)
     view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
     order = range(machine.rank, len(entries), machine.world_size)
-    batches = data.load_batches(videos, max(1, view_limit // (clips * crops)), order,
-                                config["run"]["workers"])
+    batches = data.load_batches(
+        videos, max(1, view_limit // (clips * crops)), order, machine.workers,
+        pin_memory=machine.device.type == "cuda", context=machine.worker_context)
     results = {}
     model.eval()
     for samples in tqdm(batches, desc="testing", unit="batch", leave=False,
@@ -247,7 +248,7 @@ def evaluate(model, entries, config, machine, clips, crops):
             if sample.clips is None:
                 results[i] = Result(entries[i], None, sample.unreadable[0])
             else:
-                readable[i] = sample.clips
+                readable[i] = machine.send(sample.clips)
         if readable:
             views = torch.cat(list(readable.values()))                  # [n views, 3, T, H, W]
             with machine.autocast():
@@ -362,10 +363,11 @@ def mix_videos(clips, labels, mixes, repeats):
     # The transforms mix each clip with the one before it, and the first with the last. So the
     # first clips of all videos come first, then the second ones, and so on: neighbours are
     # then never of one video.
-    apart = torch.arange(len(clips)).view(-1, repeats).T.flatten()
+    clips = clips.unflatten(0, (-1, repeats)).transpose(0, 1).flatten(0, 1)
+    labels = labels.unflatten(0, (-1, repeats)).T.flatten()
     mix = mixes[torch.randint(len(mixes), ()).item()]
     # The transforms take clips of five dimensions only as a Video
-    clips, targets = mix(Video(clips[apart]), labels[apart])
+    clips, targets = mix(Video(clips), labels)
     return clips.as_subclass(torch.Tensor), targets
 
 
@@ -409,7 +411,7 @@ def train_classifier(config, machine, model, train, val, classes):
         # resumed run repeats them
         torch.manual_seed(stream_seed(run["seed"], "mixing", step, int(rows[0])))
         clips = data.normalise(batch.clips, machine.device)
-        labels = batch.labels.to(machine.device)
+        labels = machine.send(batch.labels)
         if mixes:
             if len(clips) == repeats:
                 machine.stop("finetune.mixup and finetune.cutmix mix different videos, but a "
@@ -446,7 +448,7 @@ def finetune(config):
     machine = Machine(run)
     torch.manual_seed(stream_seed(run["seed"], "weights"))
     train, val, classes = machine.from_first(labelled_lists, config)
-    model = build_model(config, len(classes)).to(machine.device)
+    model = machine.prepare(build_model(config, len(classes)))
     origin = begin(model, config, classes)
     if machine.is_first:
         print_start(config, machine, model, train, val, classes, origin)

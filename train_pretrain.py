@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
+# Settings that are "auto", for a value that suits the machine, or else of the kind of these
+AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
 POSITIVE = {"stride", "epochs", "batch", "clips_per_video", "lr", "picture_epochs",
@@ -118,7 +121,11 @@ def set_value(config, section, key, value):
     """Set one value. UserError if there is no such key, or if it is of another kind."""
     refuse_unknown(section, config, "section")
     refuse_unknown(key, config[section], f"key of section {section}")
-    config[section][key] = as_kind_of(config[section][key], value, f"{section}.{key}")
+    name = f"{section}.{key}"
+    if name in AUTO and value == "auto":
+        config[section][key] = value
+    else:
+        config[section][key] = as_kind_of(AUTO.get(name, config[section][key]), value, name)
 
 
 def check_ranges(config):
@@ -191,7 +198,7 @@ def load_config(arguments, stage):
         section, dot, key = name.partition(".")
         if not dot:
             raise UserError(f"'{argument}' is not of the form section.key=value")
-        if not isinstance(config.get(section, {}).get(key), str):
+        if name in AUTO or not isinstance(config.get(section, {}).get(key), str):
             with contextlib.suppress(yaml.YAMLError):   # else it stays text, which is refused
                 value = yaml.safe_load(value)
         set_value(config, section, key, value)
@@ -262,11 +269,22 @@ def join_processes(device):
                             world_size=world_size, device_id=device if is_cuda else None)
 
 
+def spare_cores():
+    """The cores that each process of this machine may fill with workers: all but one, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))            # those that this process may use
+    else:
+        cores = os.cpu_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, cores // processes - 1)
+
+
 class Machine:
     """This process: its rank among world_size processes, its device and its precision.
 
     Under torchrun it joins the other processes. autocast() makes the context of a
-    forward pass; `scaler` does nothing except in fp16.
+    forward pass; `scaler` does nothing except in fp16. `workers` is how many processes
+    decode videos for this one, and worker_context how they start, as load_batches wants it.
     """
 
     def __init__(self, run):
@@ -276,11 +294,17 @@ class Machine:
         if "RANK" in os.environ:
             join_processes(self.device)
         self.is_first = self.rank == 0
+        is_cuda = self.device.type == "cuda"
+        self.workers = spare_cores() if run["workers"] == "auto" else run["workers"]
+        # A process that has started CUDA and NCCL must not be forked: a copy may wait forever
+        # for a lock that a thread of the original held
+        self.worker_context = "forkserver" if is_cuda else None
+        self.compiles = is_cuda if run["compile"] == "auto" else run["compile"]
 
         precision = run["precision"]
         if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" else "fp32"
-        if precision == "fp16" and self.device.type != "cuda":
+            precision = "bf16" if is_cuda else "fp32"
+        if precision == "fp16" and not is_cuda:
             raise UserError(f"run.precision=fp16 needs a GPU; this run is on {self.device.type}: "
                             "use bf16 or fp32")
         self.precision = precision
@@ -289,14 +313,31 @@ class Machine:
                                 enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
+    def prepare(self, model):
+        """The model on this device; it is compiled at its first call, if run.compile says so."""
+        model.to(self.device)
+        if self.compiles:
+            model.compile()
+        return model
+
+    def send(self, tensor):
+        """The tensor on this device. A GPU does not wait for the copy."""
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
+
     def stop(self, message):
         """End the run for a reason that all processes share. The first one says it."""
         raise UserError(message if self.is_first else "")
 
     def sum(self, *values):
-        """The sum of each value over all processes, as Python numbers."""
-        numbers = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device)
-                               for value in values])
+        """The sum of each value over all processes, as Python numbers.
+
+        The values are numbers or tensors of one element. A GPU is waited for only once.
+        """
+        # full() writes a number on the device without waiting for it
+        numbers = [value.float() if isinstance(value, torch.Tensor)
+                   else torch.full((), value, dtype=torch.float32, device=self.device)
+                   for value in values]
+        numbers = torch.stack(numbers)
         if self.world_size > 1:
             dist.all_reduce(numbers)
         return numbers.tolist()
@@ -396,9 +437,9 @@ def set_learning_rate(optimizer, step, plan):
 
 
 def clip_gradients(machine, model, optimizer, limit):
-    """Scale the gradient down to the norm `limit` (0: no limit). Returns its norm before."""
+    """Scale the gradient down to the norm `limit` (0: no limit). Returns its norm before, []."""
     machine.scaler.unscale_(optimizer)
-    return nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf).item()
+    return nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
 
 
 def make_optimizer(model, settings, device, scale=lambda name: 1.0):
@@ -436,12 +477,18 @@ def save_checkpoint(path, content):
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint: tensors and plain values, nothing that executes."""
+    """The content of a checkpoint: tensors and plain values, nothing that executes.
+
+    Tensors are read from the file as they are used, so that the processes of a machine do not
+    each hold a copy of it. UserError if there is no such file, or if it cannot be read.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such checkpoint")
     try:
         with torch.serialization.safe_globals([Namespace]):     # VideoMAE's files hold one
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Files of torch before version 1.6 are no zip archives and cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True,
+                              mmap=zipfile.is_zipfile(path))
     except Exception as error:                          # torch raises half a dozen kinds
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{path}: this is not a readable checkpoint ({reason})") from None
@@ -575,17 +622,18 @@ class Training:
         if not self.machine.is_first:
             return
         plan = self.plan
-        run = self.config["run"]
+        machine = self.machine
         settings = self.config[self.stage]
-        print(f"  batch      {plan.batch} = {self.machine.world_size} processes x "
+        compiled = "compiled" if machine.compiles else "not compiled"
+        print(f"  batch      {plan.batch} = {machine.world_size} processes x "
               f"{plan.accumulation} accumulation steps x {plan.micro_batch} videos, "
               f"{plan.repeats} clips of each\n"
               f"  schedule   {settings['epochs']} epochs x {plan.steps_per_epoch} steps, "
               f"{plan.warmup_steps} of them warm-up, lr {plan.peak_lr:.3g} = {settings['lr']:.3g} "
               f"x {plan.batch} / 256, cosine to {plan.final_lr:.3g}\n"
-              f"  device     {self.machine.device}, {self.machine.precision}, "
-              f"torch {torch.__version__}, {run['workers']} workers a process\n"
-              f"  output     {run['output']}, from step {self.step} on")
+              f"  device     {machine.device}, {machine.precision}, {compiled}, "
+              f"torch {torch.__version__}, {machine.workers} workers a process\n"
+              f"  output     {self.path.parent}, from step {self.step} on")
 
     def require_finite(self, loss, norm, lr):
         """Stop if the loss or the gradient is no number; the last checkpoint stays good."""
@@ -664,21 +712,25 @@ def note_signals():
             signal.signal(number, handler)
 
 
-def wrap_model(model, compiled, machine):
-    """The model, compiled if asked for, and sharing its gradients with other processes."""
-    forward = torch.compile(model) if compiled else model
-    return DistributedDataParallel(forward) if machine.world_size > 1 else forward
+def wrap_model(model, machine):
+    """The model; with several processes it shares its gradients with theirs in backward."""
+    if machine.world_size == 1:
+        return model
+    # Gradients live in the buffers that are sent, without a second copy. Our buffers, masks and
+    # tables of positions, are constant and the same everywhere, so they are never sent.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def read_batches(videos, training):
     """This process's micro-batches from the next step on, each a data.Batch."""
-    run = training.config["run"]
     machine = training.machine
     plan = training.plan
-    order = data.training_order(len(videos), plan.batch, training.step, plan.steps, run["seed"],
-                                machine.rank, machine.world_size)
-    return data.load_batches(videos, plan.micro_batch, order, run["workers"], data.collate,
-                             pin_memory=machine.device.type == "cuda")
+    order = data.training_order(
+        len(videos), plan.batch, training.step, plan.steps, training.config["run"]["seed"],
+        machine.rank, machine.world_size)
+    return data.load_batches(
+        videos, plan.micro_batch, order, machine.workers, data.collate,
+        pin_memory=machine.device.type == "cuda", context=machine.worker_context)
 
 
 def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
@@ -715,7 +767,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
     """Train `model` on `videos` as section `stage` of the settings says, from the last checkpoint.
 
     loss_of(forward, batch, step, rows) is the loss of a micro-batch, a data.Batch that holds
-    these rows of the global batch; `forward` is the model, compiled and wrapped.
+    these rows of the global batch; `forward` is the model, wrapped for several processes.
     end_epoch(epoch, is_last) runs in every process; what it returns goes into the log.
     A run resumes only if `must_match` is the same. Returns False if it was finished before.
     """
@@ -725,7 +777,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
     if training.step == plan.steps:
         return False
     training.print_plan()
-    forward = wrap_model(model, config["run"]["compile"], machine)
+    forward = wrap_model(model, machine)
     batches = read_batches(videos, training)
     bar = tqdm(range(training.step, plan.steps), initial=training.step, total=plan.steps,
                unit="step", disable=not machine.is_first)
@@ -739,8 +791,10 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             loss, reasons, waited = accumulate_gradients(
                 forward, batches, step, plan, machine, loss_of)
             norm = clip_gradients(machine, model, optimizer, config[stage]["clip_norm"])
-            loss, unreadable, stopping = machine.sum(
-                loss / machine.world_size, len(reasons), len(signals))
+            # Here the GPU is waited for, once a step. The norm is the same in all processes.
+            share = 1 / machine.world_size
+            loss, norm, unreadable, stopping = machine.sum(
+                loss * share, norm * share, len(reasons), len(signals))
             training.require_finite(loss, norm, lr)
 
             # Update
@@ -824,7 +878,7 @@ def pretrain(config):
     repeats = settings["clips_per_video"]
     machine = Machine(run)
     torch.manual_seed(stream_seed(seed, "weights"))
-    model = build_arvideo(config).to(machine.device)
+    model = machine.prepare(build_arvideo(config))
     generator = torch.Generator(machine.device)
 
     # Data
@@ -842,6 +896,7 @@ def pretrain(config):
         # clip's draw depends on the step and its row, not on the number of processes.
         generator.manual_seed(stream_seed(seed, "draw", step))
         order, visible = model.draw(settings["batch"] * repeats, generator)
+        rows = machine.send(rows)
         video = data.normalise(batch.clips, machine.device)
         return forward(video, order[rows], visible[rows])
 

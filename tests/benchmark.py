@@ -189,9 +189,9 @@ def synchronise(device):
 def make_step(contender, config, batch, device):
     """A function that makes a training step, the optimizer's included, and returns its seconds."""
     torch.manual_seed(0)
-    machine = Machine({"device": device, "precision": contender.precision})
-    model = contender.build(config["model"]).to(machine.device)
-    forward = torch.compile(model) if contender.compiled else model
+    machine = Machine(dict(
+        device=device, precision=contender.precision, workers=0, compile=contender.compiled))
+    model = machine.prepare(contender.build(config["model"]))
     optimizer = make_optimizer(model, config["pretrain"], machine.device)
     frames = config["model"]["frames"]
     size = config["model"]["size"]
@@ -204,7 +204,7 @@ def make_step(contender, config, batch, device):
         # The backward pass is inside, since with checkpointing it goes forward again
         with attention(contender.fused):
             with machine.autocast():
-                loss = forward(data.normalise(clips, machine.device), *model.draw(batch))
+                loss = model(data.normalise(clips, machine.device), *model.draw(batch))
             machine.scaler.scale(loss).backward()
         machine.scaler.step(optimizer)
         machine.scaler.update()
