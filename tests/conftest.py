@@ -82,12 +82,19 @@ def run_main(script, arguments, folder, prefix, start_method):
         atexit._run_exitfuncs()     # multiprocessing leaves them out
 
 
+ONE_MACHINE = ["--standalone", "--max-restarts=1"]
+
+
 class Script:
-    """A script of ours, started as a process of its own or, with `processes`, by torchrun."""
+    """A script of ours, started as a process of its own or, with `processes`, by torchrun.
+
+    `machines` are torchrun's arguments on the machines that take part.
+    """
 
     count = 0
 
-    def __init__(self, script, *arguments, output, processes=0, folder=ROOT):
+    def __init__(self, script, *arguments, output, processes=0, machines=ONE_MACHINE,
+                 folder=ROOT):
         Script.count += 1
         self.prefix = f"{output}-{Script.count}"        # of the files that hold what it prints
         self.output = Path(output)
@@ -100,9 +107,9 @@ class Script:
         else:
             with open(f"{self.prefix}.out", "w") as out, open(f"{self.prefix}.err", "w") as err:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     f"--nproc_per_node={processes}", "--max-restarts=1", ROOT / script,
-                     *arguments], cwd=folder, stdout=out, stderr=err)
+                    [sys.executable, "-m", "torch.distributed.run", *machines,
+                     f"--nproc_per_node={processes}", ROOT / script, *arguments],
+                    cwd=folder, stdout=out, stderr=err)
         self.pid = self.process.pid
 
     def is_running(self):

@@ -8,6 +8,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,10 +33,9 @@ def damaged_toy(toy, tmp_path_factory):
     return copy
 
 
-def start(toy, output, *arguments, processes=0):
+def start(toy, output, *arguments, script="train_pretrain.py", **how):
     """A pretraining of 18 steps, 3 for each epoch."""
-    return Script("train_pretrain.py", *toy_lists(toy), "pretrain.epochs=6", *arguments,
-                  output=output, processes=processes)
+    return Script(script, *toy_lists(toy), "pretrain.epochs=6", *arguments, output=output, **how)
 
 
 def logged(output, key):
@@ -150,6 +150,49 @@ def test_a_killed_rank_is_restarted_by_torchrun(damaged_toy, undisturbed_by_two,
     begun_from, resumed_from = first_steps(out)
     assert begun_from == 0 and 2 <= resumed_from < 18
     assert_equal(outcome(tmp_path / "run"), undisturbed_by_two)
+
+
+# Workers start as they do on a GPU
+AS_ON_A_GPU = """
+import train_pretrain
+
+class Machine(train_pretrain.Machine):
+    def __init__(self, run):
+        super().__init__(run)
+        self.worker_context = "forkserver"
+
+train_pretrain.Machine = Machine
+if __name__ == "__main__":
+    train_pretrain.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_restarted_on_two_machines(
+        damaged_toy, undisturbed_by_two, tmp_path, monkeypatch):
+    """Two agents of torchrun, which meet at a port of this machine, with one process each.
+
+    Their workers come from a fork server, and yet all is bit for bit as with forked ones.
+    """
+    as_on_a_gpu = tmp_path / "as_on_a_gpu.py"
+    as_on_a_gpu.write_text(AS_ON_A_GPU)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]                          # free until now
+    machines = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=test", "--max-restarts=3",
+                f"--rdzv-endpoint=127.0.0.1:{port}"]
+    output = tmp_path / "run"
+    agents = [
+        start(damaged_toy, output, "run.save_minutes=0", script=as_on_a_gpu, processes=1,
+              machines=machines)
+        for _ in range(2)]
+    agents[0].wait_for_steps(3)
+    os.kill(children(agents[1].pid)[-1], signal.SIGKILL)
+    printed = [agent.finish(timeout=300)[0] for agent in agents]
+    # The first rank, which prints, may be with the one agent before and the other after
+    begun_from, *_, resumed_from = sorted(first_steps("".join(printed)))
+    assert begun_from == 0 and 2 <= resumed_from < 18
+    assert_equal(outcome(output), undisturbed_by_two)
 
 
 @pytest.mark.slow

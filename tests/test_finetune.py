@@ -5,6 +5,7 @@ import csv
 import json
 import shutil
 from functools import partial
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -469,11 +470,19 @@ class Looks(torch.nn.Module):
         return torch.stack([brightness, red, contrast], 1)
 
 
-@pytest.mark.parametrize("max_batch", [0, 4])       # 4: fewer than the views of a video
-def test_probabilities_of_views_are_averaged(lists, max_batch):
-    config = tiny_config(*lists, "run.workers=0", f"run.max_batch={max_batch}")
+@pytest.mark.parametrize("max_batch, workers", [
+    (0, 0),
+    (4, 0),                                         # fewer than the views of a video
+    pytest.param(0, 2, marks=pytest.mark.slow),     # from a fork server, as on a GPU
+])
+def test_probabilities_of_views_are_averaged(lists, max_batch, workers):
+    config = tiny_config(*lists, f"run.workers={workers}", f"run.max_batch={max_batch}")
     _, entries, _ = data.read_lists(config["data"])
-    results = evaluate(Looks(), entries, config, Machine(config["run"]), clips=3, crops=2)
+    machine = Machine(config["run"])
+    if workers:
+        machine.worker_context = "forkserver"
+        forkserver.ensure_running()                 # with what conftest.py preloads
+    results = evaluate(Looks(), entries, config, machine, clips=3, crops=2)
     assert [result.entry for result in results] == entries
     choose = partial(data.dense_views, frames=8, stride=1, clips=3)
     for i, (entry, probabilities, unreadable) in enumerate(results):

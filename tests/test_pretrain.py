@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -360,6 +362,24 @@ def test_many_short_epochs_write_the_last_checkpoint_once(toy, tmp_path, saved):
 def test_without_minutes_between_them_a_checkpoint_follows_every_step(toy, tmp_path, saved):
     train_here(toy, tmp_path, "pretrain.epochs=4", "run.save_minutes=0")
     assert saved == [("last.pt", 1), ("last.pt", 2), ("last.pt", 3), ("last.pt", 4)]
+
+
+def test_minutes_decide_how_many_checkpoints_twenty_epochs_write(
+        toy, tmp_path, saved, monkeypatch):
+    """By a clock on which a step takes half a minute, there are more than 2.4 after every fifth."""
+    steps_done = []
+    step_is_logged = train_pretrain.Training.log_step
+
+    def log_step(*arguments):
+        steps_done.append(None)
+        step_is_logged(*arguments)
+
+    monkeypatch.setattr(train_pretrain.Training, "log_step", log_step)
+    clock = SimpleNamespace(
+        monotonic=lambda: 30 * len(steps_done), perf_counter=time.perf_counter)
+    monkeypatch.setattr(train_pretrain, "time", clock)
+    train_here(toy, tmp_path, "pretrain.epochs=20", "run.save_minutes=2.4")
+    assert saved == [("last.pt", step) for step in (5, 10, 15, 20)]
 
 
 def test_weights_of_some_epochs_are_kept(toy, tmp_path, saved):
