@@ -349,6 +349,8 @@ class Encoder(nn.Module):
         attends to all others, as in transfer.
         """
         positions = self.positions if index is None else self.positions[index]
+        # The table is fp32, also under autocast, and so is what the blocks add to: sums over
+        # many layers would lose small terms in bf16. It costs 24 MiB for a clip of ViT-B.
         x = self.patch_embed(cubes) + positions
         for block in self.blocks:
             if self.checkpointing:
@@ -399,6 +401,7 @@ class Decoder(nn.Module):
     def __init__(self, *, grid, width, depth, heads, mlp_ratio, outputs,
                  positions="1d", cluster_size=None, checkpointing=False):
         super().__init__()
+        self.cluster_size = cluster_size
         self.checkpointing = checkpointing
         table = position_table(grid, width, positions)                  # [N, d]
         self.register_buffer("positions", table, persistent=False)
@@ -416,7 +419,11 @@ class Decoder(nn.Module):
 
         memory [B, S, d] is the encoder's output at the decoder's width.
         mask [Q, S] has True where attention is allowed.
+        Raises ValueError if, with self-attention, these tokens are not whole clusters.
         """
+        if self.cluster_size and index.shape[1] % self.cluster_size:
+            raise ValueError(f"{index.shape[1]} queries are not whole clusters of "
+                             f"{self.cluster_size}, which decoder_self_attention needs")
         x = self.query + self.positions[index]                          # [B, Q, d]
         for block in self.blocks:
             if self.checkpointing:
@@ -474,7 +481,13 @@ class ARVideo(nn.Module):
         self.set_clusters(cluster, mask_ratio, predict_after)
 
     def set_clusters(self, cluster, mask_ratio, predict_after):
-        """Divide the tokens into clusters and build both masks; for the constructor."""
+        """Divide the tokens into clusters and build both masks.
+
+        The constructor calls it. A fork may call it again to change the shape of clusters
+        in training, though not with self-attention in the decoder.
+        Raises ValueError where sizes do not fit.
+        """
+        device = self.encoder.positions.device
         self.cluster_grid = blocks_per_axis(self.grid, cluster, "cluster")
         clusters = cluster_tokens(self.grid, cluster)                   # [M, K]
         M, K = clusters.shape
@@ -487,9 +500,9 @@ class ARVideo(nn.Module):
 
         # Tokens are lined up by place, so these two masks serve every order
         encoder_mask, decoder_mask = attention_masks(M, K, self.visible_count, predict_after)
-        self.register_buffer("clusters", clusters, persistent=False)
-        self.register_buffer("encoder_mask", encoder_mask, persistent=False)
-        self.register_buffer("decoder_mask", decoder_mask, persistent=False)
+        self.register_buffer("clusters", clusters.to(device), persistent=False)
+        self.register_buffer("encoder_mask", encoder_mask.to(device), persistent=False)
+        self.register_buffer("decoder_mask", decoder_mask.to(device), persistent=False)
 
     def draw(self, batch, generator=None):
         """What is random in a step, for `batch` videos.

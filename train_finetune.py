@@ -119,7 +119,7 @@ def layer_decay(depth, decay):
     def scale(name):
         # Layer 0 is the cube embedding, 1 to depth are the blocks, depth + 1 is the head
         layer = depth + 1
-        if name.startswith("patch_embed."):
+        if name.startswith("patch_embed.") or name == "positions":      # if a fork learns them
             layer = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
@@ -421,9 +421,9 @@ def train_classifier(config, machine, model, train, val, classes):
         logits = forward(clips).float()
         return F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
 
-    def validate(epoch, is_last):
+    def validate(epoch, is_last, log):
         nonlocal best_top1
-        if not is_last and epoch % settings["validate_epochs"]:
+        if epoch == 0 or not is_last and epoch % settings["validate_epochs"]:
             return None
         scores = accuracy(evaluate(model, val, config, machine, clips=1, crops=1), classes)
         if machine.is_first:

@@ -15,6 +15,7 @@ Pretraining, serve both scripts.
 import contextlib
 import difflib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
@@ -56,8 +57,8 @@ CHOICES = {
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
-POSITIVE = {"stride", "epochs", "batch", "clips_per_video", "lr", "picture_epochs",
-            "validate_epochs", "test_clips", "test_crops"}
+POSITIVE = {"stride", "epochs", "batch", "clips_per_video", "lr", "validate_epochs",
+            "test_clips", "test_crops"}
 BELOW_ONE = {"betas", "drop_path", "head_dropout", "label_smoothing"}
 
 
@@ -102,11 +103,14 @@ def as_kind_of(default, value, name):
     """`value`, of the type of `default`. UserError if it is of another type.
 
     Where a float is wanted, an int is taken, and text such as 1e-3, which YAML reads as text.
+    A list must be as long as its default; where that is empty, any list is taken.
     """
     kind = type(default)
     if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)
+    if kind is list and type(value) is list and not default:
+        return value
     if kind is list and type(value) is list and len(value) == len(default):
         return [as_kind_of(like, item, name) for like, item in zip(default, value)]
     if kind is list:
@@ -324,6 +328,12 @@ class Machine:
         """The tensor on this device. A GPU does not wait for the copy."""
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
+    def update(self, optimizer):
+        """Update the weights by the gradients, and forget these."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad()
+
     def stop(self, message):
         """End the run for a reason that all processes share. The first one says it."""
         raise UserError(message if self.is_first else "")
@@ -443,7 +453,7 @@ def clip_gradients(machine, model, optimizer, limit):
 
 
 def make_optimizer(model, settings, device, scale=lambda name: 1.0):
-    """AdamW without weight decay on biases, norms and other one-dimensional parameters.
+    """AdamW without weight decay on biases, norms, other vectors and learned positions.
 
     scale(name) multiplies the learning rate of a parameter. Every group keeps its own
     under the key "scale".
@@ -451,7 +461,8 @@ def make_optimizer(model, settings, device, scale=lambda name: 1.0):
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = settings["weight_decay"] if parameter.ndim > 1 else 0.0
+            is_decayed = parameter.ndim > 1 and not name.endswith("positions")
+            decay = settings["weight_decay"] if is_decayed else 0.0
             groups.setdefault((scale(name), decay), []).append(parameter)
     groups = [dict(params=parameters, scale=factor, weight_decay=decay)
               for (factor, decay), parameters in groups.items()]
@@ -508,10 +519,21 @@ def lock_folder(output):
     return file
 
 
+def code_version(model):
+    """A hash of the files that define the model's classes, those of torch aside."""
+    names = {type(module).__module__ for module in model.modules()}
+    content = hashlib.sha256()
+    for name in sorted(names):
+        path = getattr(sys.modules[name], "__file__", None)     # a notebook has no file
+        if path and not name.startswith("torch"):
+            content.update(Path(path).read_bytes())
+    return content.hexdigest()[:12]
+
+
 class Log:
     """log.jsonl, a line for every step and every validation; TensorBoard where installed.
 
-    The folder is made with the first line, so that what fails before leaves no trace.
+    Until open() makes the folder, a run leaves no trace.
     """
 
     def __init__(self, config):
@@ -522,6 +544,7 @@ class Log:
         self.board = None
 
     def open(self, step):
+        """Go on after `step`."""
         output = self.output
         output.mkdir(parents=True, exist_ok=True)
         self.lock = self.lock or lock_folder(output)
@@ -530,24 +553,28 @@ class Log:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         # Drop what a killed run wrote after its last checkpoint, and a line torn by a power cut
         lines = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
-        lines = [line for line in lines if json.loads(line)["step"] < step]
+        lines = [line for line in lines if json.loads(line)["step"] <= step]
         temporary = output / "log.jsonl.tmp"
         temporary.write_text("".join(lines))
         temporary.replace(path)
         self.file = open(path, "a", buffering=1)
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(output, purge_step=step)
+            self.board = SummaryWriter(output, purge_step=step + 1)
 
     def write(self, step, **values):
-        if self.file is None:
-            self.open(step)
         # JSON knows neither infinity nor NaN
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if self.board and value is not None:
                 self.board.add_scalar(name, value, step)
+
+    def save_picture(self, name, picture, epoch):
+        """Write a picture [3, H, W] of values from 0 to 1 as name_EPOCH.png."""
+        save_image(picture, self.output / f"{name}_{epoch:04d}.png")
+        if self.board:
+            self.board.add_image(name, picture, epoch)
 
 
 # --- Training ---------------------------------------------------------------
@@ -575,6 +602,7 @@ class Training:
         self.must_match = dict(
             stage=stage, videos=video_count, model_class=type(model).__name__, **must_match)
         self.path = Path(config["run"]["output"], "last.pt")
+        self.code = code_version(model)
         self.step = 0               # updates made
         self.tried = 0              # videos tried, those drawn in place of others included
         self.unreadable = 0         # of these
@@ -591,6 +619,8 @@ class Training:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:                    # empty except after fp16
                 self.machine.scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint.get("code", self.code) != self.code and self.machine.is_first:
+                print(f"The files that define the model have changed since {self.path} was written")
             self.step = checkpoint["step"]
             self.tried = checkpoint["tried"]
             self.unreadable = checkpoint["unreadable"]
@@ -618,9 +648,11 @@ class Training:
                             f"{'; '.join(differing)}. Restore these values or choose another "
                             "run.output")
 
-    def print_plan(self):
+    def begin(self):
+        """In the first process: print what will happen, and open the log."""
         if not self.machine.is_first:
             return
+        self.log.open(self.step)
         plan = self.plan
         machine = self.machine
         settings = self.config[self.stage]
@@ -664,20 +696,33 @@ class Training:
                 f"{self.unreadable} of {self.tried} videos tried were unreadable, more than "
                 f"data.max_unreadable={limit}; `python data.py check` lists them")
 
-    def log_step(self, bar, loss, lr, norm, seconds, waited):
+    def log_step(self, loss, lr, norm, seconds, waited):
         """Log a step of so many seconds, of which it waited some for data."""
         if self.log:
             clips_per_second = self.plan.batch * self.plan.repeats / seconds
             epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
             self.log.write(self.step, epoch=epoch, loss=loss, lr=lr, norm=norm,
                            clips_per_second=clips_per_second, data_share=waited / seconds)
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {clips_per_second:.1f} clips/s, "
-                                f"{waited / seconds:.0%} waiting for data")
+            self.bar.set_postfix_str(
+                f"loss {loss:.3f}, lr {lr:.1e}, {clips_per_second:.1f} clips/s, "
+                f"{waited / seconds:.0%} waiting for data")
 
     def log_scores(self, scores):
         """Log what a validation gave, or None."""
         if self.log and scores:
             self.log.write(self.step, **scores)
+
+    def progress(self):
+        """The steps that are left, with a bar that shows them in the first process."""
+        steps = self.plan.steps
+        self.bar = tqdm(range(self.step, steps), initial=self.step, total=steps, unit="step",
+                        disable=not self.machine.is_first)
+        return self.bar
+
+    def stop_by_signal(self):
+        self.machine.gather(None)               # nobody leaves before the first has saved
+        self.machine.stop(f"stopped by a signal after step {self.step}; the same command "
+                          f"resumes from {self.path}")
 
     def save_is_due(self):
         return time.monotonic() - self.saved_at > 60 * self.config["run"]["save_minutes"]
@@ -688,7 +733,8 @@ class Training:
             save_checkpoint(self.path, dict(
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                 scaler=self.machine.scaler.state_dict(), step=self.step, tried=self.tried,
-                unreadable=self.unreadable, config=self.config, **self.must_match))
+                unreadable=self.unreadable, config=self.config, code=self.code,
+                **self.must_match))
 
 
 @contextlib.contextmanager
@@ -763,12 +809,19 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     return loss, reasons, waited
 
 
+def call_if_defined(model, method, *arguments):
+    """Call a method that a fork's model may have."""
+    if hasattr(model, method):
+        getattr(model, method)(*arguments)
+
+
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
     """Train `model` on `videos` as section `stage` of the settings says, from the last checkpoint.
 
     loss_of(forward, batch, step, rows) is the loss of a micro-batch, a data.Batch that holds
     these rows of the global batch; `forward` is the model, wrapped for several processes.
-    end_epoch(epoch, is_last) runs in every process; what it returns goes into the log.
+    end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
+    The scores that it returns go into the log, which is None except in the first process.
     A run resumes only if `must_match` is the same. Returns False if it was finished before.
     """
     training = Training(config, stage, machine, model, optimizer, len(videos), must_match)
@@ -776,44 +829,42 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
     plan = training.plan
     if training.step == plan.steps:
         return False
-    training.print_plan()
+    training.begin()
+    if training.step == 0:
+        end_epoch(0, False, training.log)
     forward = wrap_model(model, machine)
     batches = read_batches(videos, training)
-    bar = tqdm(range(training.step, plan.steps), initial=training.step, total=plan.steps,
-               unit="step", disable=not machine.is_first)
     with note_signals() as signals:
-        for step in bar:
+        for step in training.progress():
             began = time.perf_counter()
             lr = set_learning_rate(optimizer, step, plan)
 
             # Gradients of the global batch, micro-batch by micro-batch
+            call_if_defined(model, "before_step", step, plan.steps)
             model.train()
             loss, reasons, waited = accumulate_gradients(
                 forward, batches, step, plan, machine, loss_of)
             norm = clip_gradients(machine, model, optimizer, config[stage]["clip_norm"])
             # Here the GPU is waited for, once a step. The norm is the same in all processes.
-            share = 1 / machine.world_size
             loss, norm, unreadable, stopping = machine.sum(
-                loss * share, norm * share, len(reasons), len(signals))
+                loss / machine.world_size, norm / machine.world_size, len(reasons), len(signals))
             training.require_finite(loss, norm, lr)
 
             # Update
-            machine.scaler.step(optimizer)
-            machine.scaler.update()
-            optimizer.zero_grad()
+            machine.update(optimizer)
             training.step = step + 1
             is_last = training.step == plan.steps
+            call_if_defined(model, "after_step", training.step, plan.steps)
 
             # Log
             training.count_unreadable(reasons, int(unreadable))
-            training.log_step(bar, loss, lr, norm, time.perf_counter() - began, waited)
+            training.log_step(loss, lr, norm, time.perf_counter() - began, waited)
 
             # At an epoch's end: validate, or make a picture
             scores = None
             epoch, step_of_epoch = divmod(training.step, plan.steps_per_epoch)
             if step_of_epoch == 0:
-                model.eval()
-                scores = end_epoch(epoch, is_last)
+                scores = end_epoch(epoch, is_last, training.log)
                 training.log_scores(scores)
                 stopping, = machine.sum(len(signals))           # a validation takes its time
 
@@ -821,28 +872,27 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             if stopping or scores or is_last or training.save_is_due():
                 training.save()
             if stopping:
-                machine.gather(None)            # nobody leaves before the first has saved
-                machine.stop(f"stopped by a signal after step {training.step}; the same command "
-                             f"resumes from {training.path}")
+                training.stop_by_signal()
     return True
 
 
 # --- Pictures ---------------------------------------------------------------
 
 
-def save_picture(path, model, video, order, visible):
-    """Three rows for each video: the truth, what the encoder sees, what is predicted.
+def draw_predictions(model, video, *drawn):
+    """A picture [3, height, width]: for each video the truth, what is seen, what is predicted.
 
     A column is a time step of the token grid, shown by the first of its frames.
-    video [B, 3, T, H, W], normalised; order and visible as model.draw gives them.
+    video [B, 3, T, H, W], normalised; `drawn` is what model.draw gives for it.
     """
-    shown, predicted = model.reconstruct(video, order, visible)
+    model.eval()
+    shown, predicted = model.reconstruct(video, *drawn)
     rows = torch.stack([video, shown, predicted], 1).flatten(0, 1).cpu()        # [3 B, 3, T, H, W]
     rows = (rows * data.IMAGENET_STD + data.IMAGENET_MEAN).clamp(0, 1)
     frames = rows[:, :, ::model.cube[0]].transpose(1, 2).flatten(0, 1)          # [3 B t, 3, H, W]
     enlarge = max(1, 128 // video.shape[-1])
     frames = F.interpolate(frames, scale_factor=enlarge)        # each pixel becomes a square
-    save_image(frames, path, nrow=model.grid[0], padding=4, pad_value=1.0)
+    return make_grid(frames, nrow=model.grid[0], padding=4, pad_value=1.0)
 
 
 # --- Pretraining ------------------------------------------------------------
@@ -895,12 +945,12 @@ def pretrain(config):
         # All processes draw alike for the global batch, and each takes its own rows. So a
         # clip's draw depends on the step and its row, not on the number of processes.
         generator.manual_seed(stream_seed(seed, "draw", step))
-        order, visible = model.draw(settings["batch"] * repeats, generator)
+        drawn = model.draw(settings["batch"] * repeats, generator)
         rows = machine.send(rows)
         video = data.normalise(batch.clips, machine.device)
-        return forward(video, order[rows], visible[rows])
+        return forward(video, *[part[rows] for part in drawn])
 
-    def picture_predictions(path):
+    def picture_predictions(epoch, log):
         keys = [(0, 0), (0, len(val_videos) // 2)]              # (epoch, entry)
         samples = [val_videos[key] for key in keys]
         clips = [sample.clips[:1] for sample in samples if sample.clips is not None]
@@ -908,16 +958,20 @@ def pretrain(config):
             video = data.normalise(torch.cat(clips), machine.device)
             generator.manual_seed(stream_seed(seed, "picture"))
             with machine.autocast():
-                save_picture(path, model, video, *model.draw(len(video), generator))
+                picture = draw_predictions(model, video, *model.draw(len(video), generator))
+            log.save_picture("predictions", picture, epoch)
 
-    def end_epoch(epoch, is_last):
+    def end_epoch(epoch, is_last, log):
         if not machine.is_first:
             return
-        if settings["keep_epochs"] and epoch % settings["keep_epochs"] == 0:
+        keep_epochs = settings["keep_epochs"]
+        picture_epochs = settings["picture_epochs"]
+        if keep_epochs and epoch > 0 and epoch % keep_epochs == 0:
             content = dict(model=model.state_dict(), config=config, epoch=epoch)
             save_checkpoint(output / f"epoch_{epoch:04d}.pt", content)
-        if is_last or epoch % settings["picture_epochs"] == 0:
-            picture_predictions(output / f"predictions_{epoch:04d}.png")
+        # The one before the first step shows at once whether a fork's model can draw it
+        if picture_epochs and (is_last or epoch % picture_epochs == 0):
+            picture_predictions(epoch, log)
 
     optimizer = make_optimizer(model, settings, machine.device)
     trained = fit(config, "pretrain", machine, model, videos, optimizer, loss_of, end_epoch)
