@@ -269,6 +269,17 @@ def test_one_masked_pass_equals_predicting_cluster_after_cluster(kind, self_atte
         torch.testing.assert_close(alone, parallel[place][b], atol=1e-5, rtol=1e-4)
 
 
+def test_self_attention_refuses_queries_that_are_no_whole_clusters():
+    """Grouped by their number alone, those of several videos would be mixed."""
+    model = small_model(decoder_self_attention=True)
+    order, visible = model.draw(CLUSTER_SIZE)
+    seen, queried = model.line_up(order, visible)
+    memory = torch.randn(CLUSTER_SIZE, seen.shape[1], model.decoder.query.shape[0])
+    assert model.decoder(memory, queried).shape[1] == queried.shape[1]
+    with pytest.raises(ValueError, match="queries are not whole clusters of"):
+        model.decoder(memory, queried[:, 1:])
+
+
 def test_features_follow_their_tokens_into_another_order():
     encoder = small_model().encoder
     video = small_video()

@@ -97,6 +97,7 @@ def test_layer_decay():
 
     assert scale["patch_embed.proj.weight"] == 0.75 ** 13
     assert scale["patch_embed.proj.bias"] == 0.75 ** 13
+    assert train_finetune.layer_decay(12, 0.75)("positions") == 0.75 ** 13      # of a fork
     for i in range(12):
         assert scale[f"blocks.{i}.attn.q_bias"] == 0.75 ** (12 - i)
     assert scale["fc_norm.bias"] == 1

@@ -1,5 +1,6 @@
 """Settings and the schedule, and what runs of train_pretrain.py leave behind."""
 
+import copy
 import json
 import os
 import signal
@@ -157,6 +158,12 @@ def test_an_absent_settings_file_is_named(tmp_path):
         load_config([str(tmp_path / "absent.yaml")], "pretrain")
 
 
+def test_a_list_is_of_any_length_only_where_its_default_is_empty():
+    assert train_pretrain.as_kind_of([], [1, "a", 2.5], "fork.list") == [1, "a", 2.5]
+    with pytest.raises(UserError, match="fork.list must be a list of 2"):
+        train_pretrain.as_kind_of([1, 2], [1, 2, 3], "fork.list")
+
+
 def test_presets_say_only_what_differs():
     base = train_pretrain.read_settings(train_pretrain.CONFIG)
     for preset, sections in base.pop("presets").items():
@@ -255,19 +262,23 @@ def test_rows_of_all_ranks_make_the_global_batch(world_size, max_batch):
     assert sorted(all_rows) == list(range(plan.batch * plan.repeats))
 
 
-def test_no_weight_decay_on_vectors():
+def test_no_weight_decay_on_vectors_and_learned_positions():
     model = ARVideo(**load_config([], "pretrain")["model"])
+    table = model.encoder.positions
+    del model.encoder.positions
+    model.encoder.positions = torch.nn.Parameter(table)
     settings = dict(weight_decay=0.05, betas=[0.9, 0.95])
     optimizer = make_optimizer(model, settings, torch.device("cpu"))
     name_of = {id(p): name for name, p in model.named_parameters()}
     names = {}
     for group in optimizer.param_groups:
         names[group["weight_decay"]] = [name_of[id(p)] for p in group["params"]]
-    assert list(names) == [0.05, 0.0]
+    assert names.keys() == {0.05, 0.0}
     for name in names[0.05]:
         assert name.endswith("weight") and "norm" not in name
-    some_vectors = {"decoder.query", "encoder.norm.weight", "encoder.blocks.0.attn.q_bias"}
-    assert some_vectors <= set(names[0.0])
+    some = {"decoder.query", "encoder.norm.weight", "encoder.blocks.0.attn.q_bias",
+            "encoder.positions"}
+    assert some <= set(names[0.0])
     assert len(names[0.05]) + len(names[0.0]) == len(name_of)
 
 
@@ -306,7 +317,7 @@ def test_a_run_leaves_checkpoints_log_and_pictures(reference):
     names = [path.name for path in output.iterdir() if "events" not in path.name]
     assert sorted(names) == [
         "config.yaml", "epoch_0001.pt", "epoch_0002.pt", "last.pt", "lock", "log.jsonl",
-        "predictions_0002.png"]
+        "predictions_0000.png", "predictions_0002.png"]
     assert checkpoint["step"] == 6
     assert "encoder.blocks.1.attn.qkv.weight" in checkpoint["model"]
     kept = torch.load(output / "epoch_0002.pt", weights_only=True)
@@ -407,6 +418,87 @@ def test_every_clip_of_every_step_has_a_draw_of_its_own(toy, tmp_path, monkeypat
     drawn = torch.cat(drawn)
     assert len(drawn) == 3 * 8 * 2          # steps x videos x clips
     assert len(drawn.unique(dim=0)) == len(drawn)
+
+
+# --- Forks ------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """In place of a kill."""
+
+
+class Fork(ARVideo):
+    """A moving average of the encoder, larger clusters later, and a third draw."""
+    killed_at = None
+
+    def __init__(self, **model):
+        super().__init__(**model)
+        self.average = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def before_step(self, step, steps):
+        shape = (2, 2, 2) if step < steps // 2 else (2, 4, 4)
+        self.set_clusters(shape, mask_ratio=0.8, predict_after=1)
+
+    @torch.no_grad()
+    def after_step(self, step, steps):
+        if step == self.killed_at:
+            raise Killed
+        for slow, fast in zip(self.average.parameters(), self.encoder.parameters()):
+            slow.lerp_(fast, 0.1)
+
+    def draw(self, batch, generator=None):
+        order, visible = super().draw(batch, generator)
+        return order, visible, torch.rand(batch, generator=generator)
+
+    def forward(self, video, order, visible, weight):
+        return weight.mean() * super().forward(video, order, visible)
+
+    def reconstruct(self, video, order, visible, weight):
+        return super().reconstruct(video, order, visible)
+
+
+def test_a_fork_with_state_and_a_schedule_resumes_exactly(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_pretrain, "ARVideo", Fork)
+    arguments = ["pretrain.epochs=6", "pretrain.picture_epochs=1"]
+    train_here(toy, tmp_path / "undisturbed", *arguments)
+    for step in (2, 5):                                 # before and after the clusters change
+        monkeypatch.setattr(Fork, "killed_at", step)
+        with pytest.raises(Killed):
+            train_here(toy, tmp_path / "run", *arguments, "run.save_minutes=0")
+    monkeypatch.setattr(Fork, "killed_at", None)
+    train_here(toy, tmp_path / "run", *arguments)
+    expected, found = (torch.load(tmp_path / name / "last.pt", weights_only=True)
+                       for name in ("undisturbed", "run"))
+    assert found["step"] == 6
+    assert_equal(found["model"], expected["model"])
+    # The average has moved, and is not the encoder
+    slow = found["model"]["average.patch_embed.proj.weight"]
+    fast = found["model"]["encoder.patch_embed.proj.weight"]
+    assert not torch.equal(slow, fast)
+
+
+def test_a_picture_that_a_fork_cannot_draw_fails_before_the_first_step(
+        toy, tmp_path, monkeypatch):
+    monkeypatch.delattr(Fork, "reconstruct")            # so ARVideo's, which has no third draw
+    monkeypatch.setattr(train_pretrain, "ARVideo", Fork)
+    with pytest.raises(TypeError, match="reconstruct"):
+        train_here(toy, tmp_path, "pretrain.epochs=2")
+    assert (tmp_path / "log.jsonl").read_text() == ""
+    train_here(toy, tmp_path, "pretrain.epochs=2", "pretrain.picture_epochs=0")
+    assert log_of(tmp_path, "step") == [[1], [2]]
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_run_that_resumes_with_other_code_says_so(toy, tmp_path, monkeypatch, capsys):
+    train_here(toy, tmp_path, "pretrain.epochs=1")
+    train_here(toy, tmp_path, "pretrain.epochs=2")
+    assert "have changed" not in capsys.readouterr().out
+    changed = tmp_path / "changed.py"
+    changed.write_text((ROOT / "arvideo.py").read_text() + "# A fork\n")
+    monkeypatch.setattr(sys.modules["arvideo"], "__file__", str(changed))
+    train_here(toy, tmp_path, "pretrain.epochs=3")
+    printed = capsys.readouterr().out
+    assert printed.count("The files that define the model have changed since") == 1
 
 
 # --- Equal runs -------------------------------------------------------------
