@@ -442,13 +442,14 @@ class ARVideo(nn.Module):
     Its arguments are section `model` of config.yaml, which explains them. The
     paper's ablations (Tables 1 and 6 to 10) change them. `mask_ratio` is the
     share of hidden tokens. `predict_after` is how many places at the start of
-    the order are not predicted, 1 or more.
+    the order are not predicted, 1 or more. `predict_ratio` is not in the paper:
+    the share of a cluster's tokens that is predicted in a step.
     Raises ValueError where sizes do not fit or a value is out of range.
     """
 
     def __init__(
         self, frames=16, size=224, cube=(2, 16, 16), cluster=(2, 7, 7),
-        order="random", mask_ratio=0.8, predict_after=1,
+        order="random", mask_ratio=0.8, predict_after=1, predict_ratio=1.0,
         width=768, depth=12, heads=12, mlp_ratio=4.0,
         decoder_width=512, decoder_depth=4, decoder_heads=8,
         decoder_self_attention=False, normalise_target=True,
@@ -460,6 +461,9 @@ class ARVideo(nn.Module):
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} is out of range: it is the "
                              "share of hidden tokens, from 0 to below 1")
+        if not 0 < predict_ratio <= 1:
+            raise ValueError(f"predict_ratio {predict_ratio} is out of range: it is the "
+                             "share of tokens that is predicted, above 0 and at most 1")
         if normalise_target and math.prod(cube) == 1:
             raise ValueError("normalise_target needs cubes of more than one pixel: "
                              "a single one has no standard deviation")
@@ -473,14 +477,15 @@ class ARVideo(nn.Module):
         self.cube = self.encoder.cube
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
         initialise(self.encoder_to_decoder)
+        predicted_count = count_visible(math.prod(cluster), 1 - predict_ratio)
         self.decoder = Decoder(
             grid=self.grid, width=decoder_width, depth=decoder_depth,
             heads=decoder_heads, mlp_ratio=mlp_ratio, outputs=3 * math.prod(cube),
-            cluster_size=math.prod(cluster) if decoder_self_attention else None,
+            cluster_size=predicted_count if decoder_self_attention else None,
             positions=positions, checkpointing=checkpointing)
-        self.set_clusters(cluster, mask_ratio, predict_after)
+        self.set_clusters(cluster, mask_ratio, predict_after, predict_ratio)
 
-    def set_clusters(self, cluster, mask_ratio, predict_after):
+    def set_clusters(self, cluster, mask_ratio, predict_after, predict_ratio=1.0):
         """Divide the tokens into clusters and build both masks.
 
         The constructor calls it. A fork may call it again to change the shape of clusters
@@ -497,9 +502,11 @@ class ARVideo(nn.Module):
                 f"which are not predicted, at least 1 and fewer than all {M}")
         self.predict_after = predict_after
         self.visible_count = count_visible(K, mask_ratio)               # V
+        self.predicted_count = count_visible(K, 1 - predict_ratio)      # K by default
 
         # Tokens are lined up by place, so these two masks serve every order
-        encoder_mask, decoder_mask = attention_masks(M, K, self.visible_count, predict_after)
+        encoder_mask, decoder_mask = attention_masks(
+            M, self.predicted_count, self.visible_count, predict_after)
         self.register_buffer("clusters", clusters.to(device), persistent=False)
         self.register_buffer("encoder_mask", encoder_mask.to(device), persistent=False)
         self.register_buffer("decoder_mask", decoder_mask.to(device), persistent=False)
@@ -509,21 +516,31 @@ class ARVideo(nn.Module):
 
         order [B, M]: which cluster is at each place.
         visible [B, M, V]: the visible tokens of each cluster, in raster order of clusters.
+        With predict_ratio below 1 also predicted [B, M, R]: the R tokens of each cluster
+        that are predicted.
         """
         device = self.clusters.device
         order = prediction_orders(
             self.order_kind, self.cluster_grid, batch, generator, device)
         visible = visible_tokens(self.clusters, self.visible_count, batch, generator)
-        return order, visible
+        if self.predicted_count == self.clusters.shape[1]:
+            return order, visible
+        predicted = visible_tokens(self.clusters, self.predicted_count, batch, generator)
+        return order, visible, predicted
 
-    def line_up(self, order, visible):
+    def line_up(self, order, visible, predicted=None):
         """Token indices, lined up by place.
 
-        seen [B, S] enter the encoder, queried [B, Q] are predicted.
+        seen [B, S] enter the encoder, queried [B, Q] are predicted. Without `predicted`
+        these are whole clusters.
         """
         # Nothing comes after the last cluster, so it is not encoded
         seen = take(visible, order[:, :-1])                             # [B, M-1, V]
-        queried = self.clusters[order[:, self.predict_after:]]  # [B, M - predict_after, K]
+        later = order[:, self.predict_after:]                       # [B, M - predict_after]
+        if predicted is None:
+            queried = self.clusters[later]                      # [B, M - predict_after, K]
+        else:
+            queried = take(predicted, later)                    # [B, M - predict_after, R]
         return seen.flatten(1), queried.flatten(1)
 
     def predict(self, cubes, seen, queried):
@@ -554,14 +571,13 @@ class ARVideo(nn.Module):
         """
         return cubes
 
-    def forward(self, video, order, visible):
+    def forward(self, video, order, visible, predicted=None):
         """The loss, a scalar.
 
-        video [B, 3, T, H, W] as data.normalise gives it; order and visible as
-        draw() gives them.
+        video [B, 3, T, H, W] as data.normalise gives it; the others as draw() gives them.
         """
         cubes = video_to_cubes(video, self.cube)                        # [B, N, 3, P]
-        seen, queried = self.line_up(order, visible)                    # [B, S], [B, Q]
+        seen, queried = self.line_up(order, visible, predicted)         # [B, S], [B, Q]
         prediction = self.predict(cubes, seen, queried)                 # [B, Q, 3, P]
         target = take(self.target(video, cubes), queried)               # [B, Q, 3, P]
         mean, deviation = self.statistics(target)                       # [B, Q, 3, 1]
@@ -570,14 +586,14 @@ class ARVideo(nn.Module):
         return F.mse_loss(prediction.float(), target)
 
     @torch.no_grad()
-    def reconstruct(self, video, order, visible):
+    def reconstruct(self, video, order, visible, predicted=None):
         """What the encoder sees and what is predicted: two videos [B, 3, T, H, W].
 
         Elsewhere both are zero, the mean colour. With normalise_target a cube's mean and deviation
         come from the true video, since the model predicts the pattern alone.
         """
         cubes = video_to_cubes(video, self.cube)                        # [B, N, 3, P]
-        seen, queried = self.line_up(order, visible)                    # [B, S], [B, Q]
+        seen, queried = self.line_up(order, visible, predicted)         # [B, S], [B, Q]
         mean, deviation = self.statistics(take(self.target(video, cubes), queried))
         prediction = self.predict(cubes, seen, queried).float() * deviation + mean
 
@@ -585,9 +601,9 @@ class ARVideo(nn.Module):
         sample = torch.arange(len(cubes), device=cubes.device)[:, None]
         shown = torch.zeros_like(cubes)
         shown[sample, seen] = take(cubes, seen)
-        predicted = torch.zeros_like(cubes)
-        predicted[sample, queried] = prediction
-        return [cubes_to_video(x, self.grid, self.cube) for x in (shown, predicted)]
+        predictions = torch.zeros_like(cubes)
+        predictions[sample, queried] = prediction
+        return [cubes_to_video(x, self.grid, self.cube) for x in (shown, predictions)]
 
 
 def pretrained_encoder(checkpoint, model_class=ARVideo):

@@ -269,6 +269,37 @@ def test_one_masked_pass_equals_predicting_cluster_after_cluster(kind, self_atte
         torch.testing.assert_close(alone, parallel[place][b], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", arvideo.ORDERS)
+def test_a_share_of_the_tokens_is_predicted_as_if_all_were(kind):
+    whole = small_model(order=kind)
+    half = small_model(order=kind, predict_ratio=0.5)           # of the same weights
+    cubes = video_to_cubes(small_video(), half.cube)
+    order, visible, predicted = half.draw(2)
+    assert predicted.shape == (2, CLUSTERS, CLUSTER_SIZE // 2)
+    all_of_them = predict_by_place(whole, cubes, order, visible)
+    seen, queried = half.line_up(order, visible, predicted)
+    assert queried.shape == (2, (CLUSTERS - 1) * CLUSTER_SIZE // 2)
+    with torch.no_grad():
+        prediction = half.predict(cubes, seen, queried)         # [B, Q, 3, P]
+    for b, i in product(range(2), range(queried.shape[1])):
+        place = 2 + i // (CLUSTER_SIZE // 2)
+        cluster = half.clusters[order[b, place - 1]].tolist()
+        token = queried[b, i].item()
+        expected = all_of_them[place][b, cluster.index(token)]
+        torch.testing.assert_close(prediction[b, i], expected, atol=1e-5, rtol=1e-4)
+    assert all(len(row.unique()) == len(row) for row in queried)
+    assert half.forward(small_video(), order, visible, predicted).isfinite()
+
+
+def test_half_of_the_queries_save_a_fifth_of_the_work():
+    """The README's and RESULTS.md's GFLOPs of a forward pass: 93 and 75."""
+    for ratio, gflops in ((1.0, 93), (0.5, 75)):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model = ARVideo(predict_ratio=ratio)
+            model(torch.empty(1, 3, 16, 224, 224), *model.draw(1))
+        assert round(counter.get_total_flops() / 1e9) == gflops
+
+
 def test_self_attention_refuses_queries_that_are_no_whole_clusters():
     """Grouped by their number alone, those of several videos would be mixed."""
     model = small_model(decoder_self_attention=True)
