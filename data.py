@@ -36,6 +36,7 @@ import tempfile
 from fractions import Fraction
 from functools import cache, partial
 from itertools import dropwhile
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -138,7 +139,7 @@ def read_folder(source):
     videos = videos_below(source)
     if not videos:
         raise UserError(f"{source}: there are no videos in this folder or below it")
-    # A video directly in the folder; or the folder itself is one, a folder of images
+    # No classes if a video lies directly in the folder, or if the folder is itself one, of images
     if any(source in (path, path.parent) for path in videos):
         return [(path, None) for path in videos]
     named = [(path, path.relative_to(source).parts[0]) for path in videos]
@@ -216,12 +217,13 @@ def read_list(source, text, folders):
             name = line
             label = None
             form = "path"
-        # Of `a.mp4 0 1` the name would be `a.mp4 0`. So it must end as a video does, or exist.
+        # The pattern takes `a.mp4 0 1` for the name `a.mp4 0` and the label 1. To notice that,
+        # a name must end as a video's does, or exist.
         if not has_suffix(name, VIDEO_SUFFIXES) and not find_file(name, folders):
             header = "; if it is a header, remove it" if not named else ""
-            raise UserError(f"{source}:{line_number}: expected `path label`, with one number as "
-                            f"the label, `path,label` or `path`, of a video or of a folder of "
-                            f"images that is there, found: {line[:200]}{header}")
+            raise UserError(f"{source}:{line_number}: expected `path label`, `path,label` or "
+                            f"`path`. The label is one number. The path ends as a video's does, "
+                            f"or there is such a folder of images. Found: {line[:200]}{header}")
         first_form = first_form or form
         if form != first_form:
             raise UserError(f"{source}:{line_number}: expected `{first_form}`, as in the lines "
@@ -252,7 +254,8 @@ def find_file(name, folders):
 
 def is_image_folder(path):
     return os.path.isdir(path) and any(
-        has_suffix(name, IMAGE_SUFFIXES) for name in os.listdir(path))
+        has_suffix(name, IMAGE_SUFFIXES) and not name.startswith(".")
+        for name in os.listdir(path))
 
 
 def number_classes(source, named, classes):
@@ -286,7 +289,7 @@ def make_entries(source, root, named, find):
             entries.append(Entry(str(path), label))
     if not entries:
         raise UserError(f"{source}: none of its {len(named)} videos is under {root} "
-                        f"(first: {missing[0]}); set data.root")
+                        f"(first: {missing[0]}); set data.root (--root of `data.py check`)")
     if missing:
         print(f"{source}: {len(missing)} of {len(named)} videos are not under {root}, "
               f"first {', '.join(missing[:5])}", file=sys.stderr)
@@ -301,9 +304,9 @@ def read_annotations(source, root="", classes=None):
     - Kinetics' CSV
     - Something-Something's JSON, with labels.json beside it
     - a list of lines `path label`, `path,label` or `path`; classes.txt may be beside it
-    Videos are looked for below `root`, or beside the annotations if `root` is empty; those
-    of a list in both places. `classes`, the names of the training set, fixes the class numbers.
-    UserError names the file, the line and what is wrong.
+    Videos are looked for below `root`, or beside the annotations if `root` is empty. Paths of
+    a list may be relative to either. `classes`, the names of the training set, fixes the
+    class numbers. UserError names the file, the line and what is wrong.
     """
     # Find the annotations, as given or below root, and the folder of the videos
     candidates = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
@@ -380,8 +383,8 @@ class UnreadableVideo(Exception):
 def open_video(path):
     """(container, video stream) of a file.
 
-    In the with-block, errors of PyAV and of the system, and the ValueErrors that this module
-    raises, become UnreadableVideo.
+    In the with-block, errors of PyAV and of the system become UnreadableVideo, and so do
+    ValueErrors and IndexErrors.
     """
     try:
         # An absolute path, since PyAV would take `a:b.mp4` for a protocol
@@ -435,7 +438,8 @@ def read_packets(container, stream):
                 break
             if packet.size and not packet.is_corrupt:
                 packets.append(packet)
-    # These decoders object to frames that refer to what was cut off before them
+    # These decoders fail at frames whose references are missing, as they may be before the first
+    # key frame
     if stream.codec_context.name in ("hevc", "vp8", "vp9"):
         packets = list(dropwhile(lambda packet: not packet.is_keyframe, packets))
     if all(packet.is_discard for packet in packets):
@@ -470,8 +474,8 @@ def timestamps_identify_frames(container, stream, packets):
     # MKV have wrong timestamps.
     if "mov" not in formats and "mpegts" not in formats and decoder.name != "vp9":
         return False
-    # Streams of other codecs may have packets without a picture, or may begin at no key frame
-    # without saying so
+    # With other codecs a packet may hold no picture, or the first packet may be marked as a key
+    # frame and be none
     if decoder.name not in ("h264", "hevc", "vp9", "libdav1d"):
         return False
     if None in times or len(set(times)) < len(times):
@@ -482,22 +486,25 @@ def timestamps_identify_frames(container, stream, packets):
     # A stream that begins inside a group of pictures lacks what its first frames refer to
     if not packets[0].is_keyframe or packets[0].pts > min(times):
         return False
-    # With intra refresh, H.264 marks as a key frame where the picture begins to be renewed part
-    # by part. A file that starts there gives no frame until the picture is whole, so some
-    # packets have no frame. Only an IDR picture is a sure start.
+    # With intra refresh, H.264 has no whole key frames. The picture is renewed part by part over
+    # several frames, and the first of these is marked as a key frame. A file that starts there
+    # gives no frame until the picture is whole, so some packets have no frame. Only an IDR
+    # picture is a sure start.
     if decoder.name == "h264" and not holds_idr(packets[0], "mpegts" in formats):
         return False
-    # With B-frames, frames are shown in another order than they are decoded in. If all times
-    # of display (pts) equal those of decoding (dts), the file has stored the wrong order.
-    return not decoder.has_b_frames or times != [packet.dts for packet in packets]
+    # With B-frames, frames are shown in another order than they are decoded in. So if all times
+    # of display (pts) equal those of decoding (dts), they are copies and not times of display.
+    if decoder.has_b_frames and times == [packet.dts for packet in packets]:
+        return False
+    return True
 
 
 def packets_needed(packets, wanted):
     """Numbers of the packets to decode for the wanted timestamps, from a key frame up to each.
 
-    Usually the last key frame stored before the wanted frame will do. In an open group of
-    pictures, that key frame may be shown after the wanted frame, which then refers to frames
-    before it: so an earlier key frame is needed.
+    Decoding starts at the last key frame that is both stored and shown no later than the
+    wanted frame. A frame that is stored after a key frame but shown before it (in an open
+    group of pictures) may refer to frames before that key frame.
     """
     number_of = {packet.pts: i for i, packet in enumerate(packets)}
     keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
@@ -603,8 +610,8 @@ def decode_clips(container, stream, choose, convert):
                 return clips, frames
         decoder.skip_frame = "DEFAULT"
 
-    # Else decode from the start. A file with fewer frames than packets is read once more,
-    # now that its number of frames is known.
+    # Else decode from the start. A file with fewer frames than packets is read a second time,
+    # which returns, since the number of its frames is known then. No frame at all ends the loop.
     count = len(packets)
     while count:
         decoder.flush_buffers()
@@ -617,7 +624,7 @@ def decode_clips(container, stream, choose, convert):
 
 
 def orientation(frame):
-    """How to turn a frame upright: (swap rows and columns, flip rows, flip columns).
+    """How to turn a frame upright: (swap rows and columns, then flip rows, then flip columns).
 
     From the display matrix of its file, which takes a point (x, y) to
     (a x + c y, b x + d y). Only quarter turns and reflections occur.
@@ -629,12 +636,12 @@ def orientation(frame):
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, False, False
     if abs(a * d) > abs(b * c):
-        return False, d < 0, a < 0                      # to (a x, d y): a negative factor flips
-    return True, b < 0, c < 0                           # to (c y, b x)
+        return False, d < 0, a < 0      # to (a x, d y): rows are flipped if d is negative
+    return True, b < 0, c < 0           # to (c y, b x): rows are flipped if b is negative
 
 
 def assemble(clips, frames):
-    """A tensor [T, H, W, 3], turned upright, for every clip, a list of ids of `frames`."""
+    """An upright tensor [T, H, W, 3] for each clip. A clip is a list of keys of `frames`."""
     first = frames[min(frames)]
     pixels = {}
     for frame_id, frame in frames.items():
@@ -657,7 +664,7 @@ def assemble(clips, frames):
 
 
 def clamp(clips, count):
-    """Clips whose frame numbers beyond the last of `count` frames repeat that one."""
+    """The clips, with frame numbers of `count` or more replaced by the last, count - 1."""
     return [[min(number, count - 1) for number in clip] for clip in clips]
 
 
@@ -743,9 +750,10 @@ def dense_views(count, frames, stride, clips):
 
 
 def segment_views(count, frames, clips):
-    """clips x frames frames, evenly spread; clip k takes number k, k + clips, k + 2 clips, ...
+    """clips x frames frame numbers, evenly spread over the video.
 
-    One clip takes the middles of `frames` segments.
+    Clip k takes every clips-th of them from the k-th on. A single clip takes the middles
+    of `frames` segments.
     """
     if clips == 1:
         return [[(2 * i + 1) * count // (2 * frames) for i in range(frames)]]
@@ -865,13 +873,15 @@ def random_erasing(clip, probability):
     """Noise in one box of a uint8 clip [T, 3, H, W]: the same box in all frames."""
     if torch.rand(()) >= probability:
         return clip
+    # A box (i, j, h, w) and its fill v, which is None if no box fitted in ten tries
     box = RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)).make_params([clip])
-    if box.pop("v") is None:                            # no box fitted in ten tries
+    if box["v"] is None:
         return clip
     # torchvision's own noise would be the same in all frames
     noise = torch.randn(len(clip), 3, box["h"], box["w"])
     noise = noise * IMAGENET_STD[:, 0] + IMAGENET_MEAN[:, 0]            # of shape [3, 1, 1]
-    return tv.erase(clip, **box, v=(noise.clamp(0, 1) * 255).byte())
+    box["v"] = (noise.clamp(0, 1) * 255).byte()
+    return tv.erase(clip, **box)
 
 
 def finetuning_clip(clip, size, flip, crop_area, rand_augment_strength, erase):
@@ -998,8 +1008,9 @@ class Views(Dataset):
 
 
 def training_order(size, batch, first_step, end_step, seed, rank, world_size):
-    """(epoch, entry number) of all that one process reads from `first_step` to before `end_step`.
+    """Yields (epoch, entry number) of the samples that process `rank` reads, step by step.
 
+    The first step is `first_step`, the last one end_step - 1.
     Every epoch is a permutation of `size` entries, the same in all processes. A step
     takes the next `batch` of it, and process `rank` every world_size-th of those. So
     a step's samples do not depend on the number of processes. What does not fill a
@@ -1041,9 +1052,11 @@ def load_batches(
     Raises UserError if a worker dies.
     """
     others = multiprocessing.active_children()
-    if context == "forkserver":
+    if (context or multiprocessing.get_start_method()) == "forkserver":
         # The server imports what workers need once, and they begin as its copies
         multiprocessing.set_forkserver_preload(["__main__", __name__])
+        # It needs a resource tracker, whose start would end the block below
+        resource_tracker.ensure_running()
     # A fork server would die of a SIGTERM that is sent to all processes of a run. So SIGTERM is
     # blocked while the server starts, and it inherits the block. A SIGTERM for this process in
     # that time is delivered afterwards.
@@ -1074,9 +1087,9 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# The motion of each class for a frame, before the random speed: pixels that the window over
-# the texture goes right, pixels that it goes down, radians that the picture turns clockwise,
-# logarithm of the picture's growth. The picture moves opposite to the window.
+# The motion of each class from one frame to the next, before the random speed: pixels of the
+# texture that the window goes right and down, radians that the picture turns clockwise, and
+# growth of the picture's logarithm. When the window goes right, the picture goes left.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
@@ -1103,14 +1116,15 @@ def toy_clip(motion, generator):
     x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
     texture = (texture / texture.std() * 0.2 + 0.4 + 0.2 * brightness).clamp(0, 1)
 
-    # How far the motion has come in each frame, and what it changes
+    # Frames from the middle of the clip, times the speed; and what the motion changes by then
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
     window_right, window_down, turned, zoomed = (
         factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
     angle = 2 * math.pi * turn - turned     # the window turns against what is seen
     log_zoom = 0.9 * (zoom - 0.5) + zoomed
 
-    # An affine map [T, 2, 3] from the window to the texture, which spans -1 to 1
+    # An affine map [T, 2, 3] from the window to the texture, which spans -1 to 1 and so has 2 / 128
+    # for each of its pixels. The window shifts along its own axes, so the shift is rotated too.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([window_right, window_down], 1).unsqueeze(2) * 2 / 128
     centre = rotation @ shift + (torch.tensor([[x], [y]]) - 0.5) * 0.4
@@ -1140,8 +1154,9 @@ def write_video(path, frames):
 
 
 def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
-    """Write the toy set below the folder `root` unless it is there, completely or not at all.
+    """Write the toy set to the folder `root`, unless that exists.
 
+    The folder appears only when it is complete.
     train.txt and val.txt list its videos, few.txt ten of train's for each class, and
     classes.txt names the classes.
     """
@@ -1292,8 +1307,9 @@ def shrink_video(job, short_side, key_frames):
     """Re-encode a video (source, target) as H.264 without audio. Returns None or the reason.
 
     At most `short_side` pixels on the short side, a key frame every `key_frames`.
-    Frames, the times between them and the shape of pixels stay. A rotation or reflection
-    that the file asks for is carried out. The first frame's time becomes zero.
+    Frames, the times between them and the shape of pixels stay, but times that do not grow
+    are corrected. A rotation or reflection that the file asks for is carried out. The first
+    frame's time becomes zero.
     """
     source, target = job
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -1318,6 +1334,8 @@ def shrink(source, target, short_side, key_frames, workers):
     """
     source = Path(source).expanduser().resolve()
     target = Path(target).expanduser().resolve()
+    if target == source or target in source.parents:
+        raise UserError(f"{target} holds {source}: choose another folder to write to")
     jobs = {}
     for path in videos_below(source):
         if target in path.parents:

@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import signal
+import subprocess
+import sys
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -382,7 +384,7 @@ CSV_HEADER = "label,youtube_id,time_start,time_end\n"
 @pytest.mark.parametrize("name, text, culprit", [
     ("list.txt", "c.mp4 0\na b.mp4\n", "list.txt:2: expected `path label`.*a b.mp4"),
     ("list.txt", "a b.mp4\nc.mp4 1\n", "list.txt:2: expected .*`path`.*c.mp4 1"),
-    ("list.txt", "c.mp4 waving\n", "list.txt:1: expected `path label`, with one number.*waving"),
+    ("list.txt", "c.mp4 waving\n", "list.txt:1: expected `path label`.*one number.*waving"),
     ("list.txt", "", "the annotation file is empty"),
     ("list.txt", "gone.mp4 0\n", "none of its 1 videos is under .*gone.mp4"),
     ("list.txt", "[1] gone.mp4 0\n", r"none of its 1 videos is under .*\[1\] gone.mp4"),
@@ -622,6 +624,30 @@ def test_an_error_of_the_dataset_comes_through_as_it_is(kind, workers):
     assert [next(batches) for _ in range(4)] == [[0], [1], [4], [9]]
     with pytest.raises(kind, match="four is bad"):
         next(batches)
+
+
+SERVER_OUTLIVES_SIGTERM = """
+import os, signal, time
+from multiprocessing import forkserver
+
+import data
+
+if __name__ == "__main__":
+    batches = data.load_batches(range(8), 2, range(8), 1, context="forkserver")
+    assert next(batches) == [0, 1]
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGTERM)
+    time.sleep(0.2)
+    assert os.waitpid(server, os.WNOHANG) == (0, 0)         # it has not ended
+    assert next(batches) == [2, 3]
+"""
+
+
+@pytest.mark.slow
+def test_a_fork_server_outlives_the_sigterm_that_a_cluster_sends_to_all(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SERVER_OUTLIVES_SIGTERM)
+    subprocess.run([sys.executable, script], check=True, timeout=120)
 
 
 def kill_this_process(_):

@@ -821,7 +821,7 @@ def assert_outcome(outcome, source, root=""):
 
 
 C_AND_D = [("c.mp4", 0), ("d.mp4", 1)]
-EXPECTED = "expected `path label`, with one number as the label, `path,label` or `path`.*found: "
+EXPECTED = "expected `path label`, `path,label` or `path`. The label is one number.*Found: "
 LISTS = {
     "blanks": ("c.mp4 0\nd.mp4 1\n", C_AND_D),
     "tabs": ("c.mp4\t0\nd.mp4\t1\n", C_AND_D),
