@@ -804,7 +804,7 @@ def spatial_views(clip, size, crops):
 RAND_AUGMENT = (
     "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize add",
     "saturation", "contrast", "brightness", "sharpness", "shear x", "shear y", "move x", "move y")
-# They change every pixel by itself
+# Of these, those that change every pixel by itself
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
 # The operations below give the pixels of Pillow, which timm and VideoMAE augment with. They
@@ -885,21 +885,22 @@ def warp(clip, matrix, box):
     """
     H, W = clip.shape[-2:]
     top, left, height, width = box
+    # A pixel's middle lies at a half
     x = torch.arange(left, left + width) + 0.5
     y = torch.arange(top, top + height)[:, None] + 0.5
     (a, b, c), (d, e, f) = matrix
     from_x = a * x + b * y + c                                  # [height, width]
     from_y = d * x + e * y + f
     outside = (from_x < 0) | (from_x >= W) | (from_y < 0) | (from_y >= H)
-    column = (from_x - 0.5).floor()
-    row = (from_y - 0.5).floor()
+    column = (from_x - 0.5).floor().int()
+    row = (from_y - 0.5).floor().int()
     to_right = (from_x - 0.5 - column).flatten()                # 0 to 1, from pixel to pixel
     down = (from_y - 0.5 - row).flatten()
 
     def places(row, column):
         """Where a plane has these pixels. A grey one will follow its last."""
         place = row.clamp(0, H - 1) * W + column.clamp(0, W - 1)
-        return place.masked_fill(outside, H * W).int().flatten()
+        return place.masked_fill(outside, H * W).flatten()
 
     upper = places(row, column), places(row, column + 1)
     lower = places(row + 1, column), places(row + 1, column + 1)
