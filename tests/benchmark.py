@@ -11,6 +11,8 @@ Speed and memory, as ratios between alternatives that are measured in turns in o
         clips a second of our reader and of others, on one core
     python tests/benchmark.py loader [PRESET] [section.key=value ...]
         clips a second of data.load_batches, and of the step that takes them
+    python tests/benchmark.py augment [PRESET] [section.key=value ...]
+        fine-tuning's augmentation, ours and VideoMAE's by Pillow, on one core
 
 The preset is k400 (ViT-B, 16 x 224 x 224) by default. On CUDA the models run in bf16 and
 compiled, VideoMAE also as its authors ran it. On the CPU they run in fp32 and not
@@ -41,8 +43,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import av
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.v2 import RandomErasing, RandomResizedCrop
 
 import arvideo
 import data
@@ -594,6 +599,116 @@ def benchmark_loader(options, config, device):
     return f"K400-like files, step of batch {batch} on {device}", rows
 
 
+# --- Command: augment -------------------------------------------------------
+
+
+def pillow_operation(image, name, level, sign):
+    """data.augment_once of one frame, by Pillow, as timm calls it.
+
+    The sign is that of data.augment_once; timm turns and moves the other way at a sign.
+    """
+    factor = max(0.1, 1 + 0.9 * level * sign)
+    slope = 0.3 * level * sign
+    move = 0.45 * level * sign
+    bilinear = dict(resample=Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+    enhance = {"saturation": ImageEnhance.Color, "contrast": ImageEnhance.Contrast,
+               "brightness": ImageEnhance.Brightness, "sharpness": ImageEnhance.Sharpness}
+    affine = {"shear x": (1, slope, 0, 0, 1, 0), "shear y": (1, 0, 0, slope, 1, 0),
+              "move x": (1, 0, -move * image.width, 0, 1, 0),
+              "move y": (1, 0, 0, 0, 1, -move * image.height)}
+    if name in affine:
+        return image.transform(image.size, Image.Transform.AFFINE, affine[name], **bilinear)
+    if name in enhance:
+        return enhance[name](image).enhance(factor)
+    if name == "rotate":
+        return image.rotate(-30 * level * sign, **bilinear)
+    if name == "posterize":
+        return ImageOps.posterize(image, 4 - int(4 * level))
+    if name == "solarize":
+        return ImageOps.solarize(image, 256 - int(256 * level))
+    if name == "solarize add":
+        more = int(110 * level)
+        table = [min(255, value + more) if value < 128 else value for value in range(256)]
+        return image.point(table * 3)
+    plain = {"autocontrast": ImageOps.autocontrast, "equalize": ImageOps.equalize,
+             "invert": ImageOps.invert}
+    return plain[name](image)
+
+
+def videomae_clip(frames, size, flip, crop_area, rand_augment_strength, erase):
+    """VideoMAE's counterpart of data.finetuning_clip, with the same draws.
+
+    From frames uint8 [T, H, W, 3] to normalised floats [3, T, size, size]. Pillow augments
+    the frames one by one. The crop, which is not antialiased, and all else are of floats.
+    """
+    images = [Image.fromarray(frame.numpy()) for frame in frames]
+    for name, level, sign in data.draw_operations(*rand_augment_strength):
+        images = [pillow_operation(image, name, level, sign) for image in images]
+    clip = torch.stack([to_tensor(image) for image in images]).transpose(0, 1)  # [3, T, H, W]
+    clip = (clip - data.IMAGENET_MEAN) / data.IMAGENET_STD
+
+    crop = RandomResizedCrop(size, scale=crop_area, ratio=(3 / 4, 4 / 3))
+    box = crop.make_params([clip])
+    rows = slice(box["top"], box["top"] + box["height"])
+    columns = slice(box["left"], box["left"] + box["width"])
+    clip = F.interpolate(
+        clip[:, :, rows, columns], size=(size, size), mode="bilinear", align_corners=False)
+    if flip:
+        clip = data.random_flip(clip)
+
+    if torch.rand(()) < erase:
+        box = RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)).make_params([clip])
+        if box["v"] is not None:
+            rows = slice(box["i"], box["i"] + box["h"])
+            columns = slice(box["j"], box["j"] + box["w"])
+            noise = torch.randn(len(frames), 3, box["h"], box["w"])
+            clip[:, :, rows, columns] = noise.transpose(0, 1)
+    return clip
+
+
+def our_clip(frames, **settings):
+    """[3, T, size, size] in uint8, as a worker process hands it over."""
+    return data.finetuning_clip(frames.permute(0, 3, 1, 2), **settings).transpose(0, 1).contiguous()
+
+
+def our_normalised_clip(frames, **settings):
+    return data.normalise(our_clip(frames, **settings), "cpu")
+
+
+def benchmark_augment(options, config, device):
+    """The CPU time of a clip, its best of three turns, with the same draws for all.
+
+    All begin with the same decoded frames. VideoMAE ends with normalised floats. We end
+    with uint8, which the device normalises; the last row does this on the CPU.
+    """
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    finetune = config["finetune"]
+    frames = torch.stack(list(moving_pictures(config["model"]["frames"], 256, 340, rate=25)))
+    settings = dict(size=config["model"]["size"], flip=finetune["flip"],
+                    crop_area=finetune["crop_area"], erase=finetune["erase"],
+                    rand_augment_strength=finetune["rand_augment"])
+    runs = {"VideoMAE's, by Pillow": videomae_clip, "ours, to uint8": our_clip,
+            "ours, normalised too": our_normalised_clip}
+    best = {name: [] for name in runs}
+    for seed in range(options.rounds):                  # what is drawn decides what it costs
+        seconds = {name: [] for name in runs}
+        for _ in range(3):
+            for name, run in runs.items():
+                torch.manual_seed(seed)
+                began = time.process_time()
+                run(frames, **settings)
+                seconds[name].append(time.process_time() - began)
+        for name, times in seconds.items():
+            best[name].append(min(times))
+
+    means = {name: statistics.mean(times) for name, times in best.items()}
+    reference = means["VideoMAE's, by Pillow"]
+    rows = [{"": name, "ms a clip": f"{1000 * mean:.1f}", "ratio": f"{mean / reference:.2f}"}
+            for name, mean in means.items()]
+    return f"{len(frames)} frames of 340 x 256, one core, mean of {options.rounds} clips", rows
+
+
 # --- Command line -----------------------------------------------------------
 
 COMMANDS = {
@@ -602,6 +717,7 @@ COMMANDS = {
     "finetune": benchmark_step,
     "decode": benchmark_decode,
     "loader": benchmark_loader,
+    "augment": benchmark_augment,
 }
 
 
@@ -632,12 +748,14 @@ def main():
     parser.add_argument("--batch", type=int, default=0, help="videos a step (default: 64 on CUDA, "
                         "2 on the CPU); for memory the largest (default: no limit)")
     parser.add_argument("--rounds", type=int, default=0,
-                        help="rounds (default: 20 for decode, 10 on CUDA, else 3)")
+                        help="rounds (default: 20 for decode, 60 for augment, where each is "
+                        "a clip; of the others 10 on CUDA, else 3)")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_decode = options.command == "decode"
     options.videos = options.words if is_decode else []
-    options.rounds = options.rounds or (20 if is_decode else 10 if device == "cuda" else 3)
+    usual_rounds = {"decode": 20, "augment": 60}.get(options.command)
+    options.rounds = options.rounds or usual_rounds or (10 if device == "cuda" else 3)
     settings = [] if is_decode else options.words
     if all("=" in word for word in settings):           # no preset
         settings = ["k400", *settings]

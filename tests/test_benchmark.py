@@ -10,7 +10,7 @@ import figures
 import pytest
 import torch
 from benchmark import VideoMAE, contenders, forward_flops, materialised
-from conftest import ROOT, SERVER, USUAL_METHOD, run_main
+from conftest import ROOT, SERVER, USUAL_METHOD, assert_equal, run_main
 
 import arvideo
 from train_pretrain import load_config
@@ -55,6 +55,12 @@ def test_forward_costs():
     assert round(forward_flops(ours, PAPER) / 1e9) == 93
 
 
+def erased_box(before, after):
+    """First and last row and column where two clips [3, T, H, W] differ."""
+    rows, columns = (before != after).amax((0, 1)).nonzero().unbind(1)
+    return torch.stack((rows.min(), rows.max(), columns.min(), columns.max()))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_written_out_is_attention(masked):
     torch.manual_seed(0)
@@ -67,6 +73,26 @@ def test_attention_written_out_is_attention(masked):
         mask[:, 0] = True                               # every query attends to something
     expected = arvideo.attend(q, k, v, 3, mask)
     torch.testing.assert_close(materialised(q, k, v, 3, mask), expected)
+
+
+def test_videomaes_augmentation_is_ours_but_for_rounding():
+    """At sizes that only grow, since VideoMAE shrinks without antialiasing."""
+    frames = torch.stack(list(benchmark.moving_pictures(2, 60, 80, rate=25)))
+    settings = dict(size=112, flip=True, crop_area=[0.08, 1.0], rand_augment_strength=[4, 7.0])
+    for seed in range(40):
+        torch.manual_seed(seed)
+        ours = benchmark.our_normalised_clip(frames, **settings, erase=0.0)
+        torch.manual_seed(seed)
+        videomae = benchmark.videomae_clip(frames, **settings, erase=0.0)
+        # One grey level is some 0.017
+        assert (ours - videomae).abs().mean() < 0.01
+
+        # Erasing differs: theirs also takes values that no colour has. The box is the same.
+        torch.manual_seed(seed)
+        ours_erased = benchmark.our_normalised_clip(frames, **settings, erase=1.0)
+        torch.manual_seed(seed)
+        videomae_erased = benchmark.videomae_clip(frames, **settings, erase=1.0)
+        assert_equal(erased_box(ours, ours_erased), erased_box(videomae, videomae_erased))
 
 
 # --- The benchmarks ---------------------------------------------------------
@@ -94,7 +120,8 @@ def test_an_unknown_setting_is_refused(monkeypatch):
 
 
 COMMANDS = ["memory toy --batch 1", "loader toy --batch 2 --rounds 1",
-            "step toy --batch 2 --rounds 1", "decode video.mp4 --rounds 1"]
+            "step toy --batch 2 --rounds 1", "decode video.mp4 --rounds 1",
+            "augment toy finetune.rand_augment=[4,7.0] --rounds 1"]
 REAL_COMMAND = "finetune toy --batch 2 --rounds 1"      # by python; the others by a fork
 
 

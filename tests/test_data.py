@@ -14,7 +14,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from benchmark import moving_pictures, pillow_operation
 from conftest import ROOT, assert_equal
+from PIL import Image
 
 import data
 from data import (
@@ -453,6 +455,60 @@ def test_multi_scale_crop_takes_videomaes_sizes_and_positions():
 def test_tiny_videos_can_be_cropped():
     pixel = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
     assert data.pretraining_clip(pixel, 32, flip=False).shape == (2, 3, 32, 32)
+
+
+WARPS = {"rotate", "shear x", "shear y", "move x", "move y"}
+
+
+@pytest.fixture(scope="module")
+def clips_to_augment():
+    """Clips uint8 [T, 3, H, W], as decoded: pictures, noise of odd size, dim and plain ones."""
+    pictures = torch.stack(list(moving_pictures(2, 96, 128, rate=25)))
+    noise = torch.randint(256, (2, 37, 51, 3), generator=torch.Generator().manual_seed(0))
+    dim = 90 + noise // 4
+    dim[1] = torch.tensor([200, 40, 40])                # every plane has one value
+    return [clip.byte().permute(0, 3, 1, 2) for clip in (pictures, noise, dim)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("level", [0.0, 0.13, 0.7, 0.99])
+@pytest.mark.parametrize("name", data.RAND_AUGMENT)
+def test_an_operation_gives_pillows_pixels(name, level, sign, clips_to_augment):
+    for clip in clips_to_augment:
+        whole = (0, 0, *clip.shape[-2:])
+        result = data.augment_once(clip, name, level, sign, whole)
+        frames = [Image.fromarray(frame.numpy()) for frame in clip.permute(0, 2, 3, 1)]
+        frames = [np.array(pillow_operation(frame, name, level, sign)) for frame in frames]
+        expected = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        difference = (result.int() - expected.int()).abs()
+        if name in WARPS:
+            # A place at the very border may be within for one and outside for the other
+            assert (difference > 1).float().mean() < 0.002
+            assert difference.float().mean() < 0.1
+        else:
+            assert difference.max() <= 1
+
+
+def test_a_box_is_augmented_as_a_part_of_the_whole(clips_to_augment):
+    last = set()
+    for seed in range(150):
+        clip = clips_to_augment[seed % 3]
+        H, W = clip.shape[-2:]
+        torch.manual_seed(seed)
+        operations = data.draw_operations(4, 7.0)
+        whole = data.rand_augment(clip, operations, (0, 0, H, W))
+        part = data.rand_augment(clip, operations, (5, 8, 20, 30))
+        assert_equal(part, whole[..., 5:25, 8:38])
+        if operations:
+            last.add(operations[-1][0])
+    assert last == set(data.RAND_AUGMENT)
+
+
+def test_tiny_videos_can_be_augmented():
+    for H, W in ((1, 1), (2, 2), (1, 5)):
+        clip = torch.full((2, 3, H, W), 77, dtype=torch.uint8)
+        for name in data.RAND_AUGMENT:
+            assert data.augment_once(clip, name, 0.7, 1, (0, 0, H, W)).shape == clip.shape
 
 
 def test_normalise():
