@@ -58,7 +58,7 @@ def test_classifier_is_the_bidirectional_encoder_with_a_new_norm(pretrained):
     path, source = pretrained
     config = tiny_config()
     model = build_model(config, 8).eval()
-    load_weights(model, path, config, None)
+    load_weights(model, path, None)
     video = torch.randn(2, 3, 8, 32, 32)
 
     cubes = video_to_cubes(video, source.cube)
@@ -169,7 +169,7 @@ def test_official_pretraining_loads_and_our_classifier_has_official_names(pretra
     config = tiny_config()
     model = build_model(config, 8)
     path = write_official_file(tmp_path / "official.pth", source)
-    sentence, complete = load_weights(model, path, config, None)
+    sentence, complete = load_weights(model, path, None)
     assert "28 tensors of the encoder" in sentence
     assert "left behind: decoder, encoder_to_decoder, mask_token, norm" in sentence
     assert not complete
@@ -181,7 +181,7 @@ def test_official_pretraining_loads_and_our_classifier_has_official_names(pretra
 
     # A probe keeps the final norm
     probe = build_model(tiny_config("finetune.probe=linear"), 8)
-    sentence, _ = load_weights(probe, path, config, None)
+    sentence, _ = load_weights(probe, path, None)
     assert "30 tensors" in sentence
     assert_equal(probe.encoder.state_dict(), source.encoder.state_dict())
 
@@ -194,19 +194,19 @@ def test_a_classifier_is_taken_whole_only_if_its_classes_are_the_same(tmp_path):
     # As VideoMAE's fine-tuning script writes it: without the names of the classes
     unnamed = save_weights(tmp_path / "unnamed.pt", weights)
     again = build_model(config, 8)
-    _, complete = load_weights(again, unnamed, config, None)
+    _, complete = load_weights(again, unnamed, None)
     assert complete
     assert_equal(again.state_dict(), weights)
 
     named = save_weights(tmp_path / "named.pt", weights, classes=LETTERS)
-    _, complete = load_weights(again, named, config, LETTERS)
+    _, complete = load_weights(again, named, LETTERS)
     assert complete
 
     # As many classes, but others; and fewer classes: a new head
-    _, complete = load_weights(again, named, config, list("abcdefgx"))
+    _, complete = load_weights(again, named, list("abcdefgx"))
     assert not complete
     fewer = build_model(config, 5)
-    sentence, complete = load_weights(fewer, unnamed, config, None)
+    sentence, complete = load_weights(fewer, unnamed, None)
     assert "left behind: fc_norm, head" in sentence
     assert not complete
 
@@ -218,11 +218,11 @@ def test_weights_beside_the_encoders_are_refused_in_a_classifier_alone(pretraine
     teacher = {"teacher.weight": torch.zeros(3)}
     path = save_weights(tmp_path / "classifier.pt", {**model.state_dict(), **teacher})
     with pytest.raises(UserError, match='Unexpected key.*"teacher.weight"'):
-        load_weights(model, path, config, None)
+        load_weights(model, path, None)
 
     # A fork's pretraining may hold more than ours
     path = write_official_file(tmp_path / "pretraining.pth", source, **teacher)
-    sentence, _ = load_weights(model, path, config, None)
+    sentence, _ = load_weights(model, path, None)
     assert "left behind: decoder, encoder_to_decoder, mask_token, norm, teacher" in sentence
 
 
@@ -239,7 +239,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(pretrained, tmp_path, chang
     config = tiny_config()
     path = write_official_file(tmp_path / "file.pth", source, **changes)
     with pytest.raises(UserError, match=culprit):
-        load_weights(build_model(config, 8), path, config, None)
+        load_weights(build_model(config, 8), path, None)
 
 
 def test_another_size_is_refused_by_its_key(pretrained):
@@ -248,7 +248,7 @@ def test_another_size_is_refused_by_its_key(pretrained):
     culprit = ("model.frames is 16, the checkpoint's 8; "
                "model.size is 64, the checkpoint's 32")
     with pytest.raises(UserError, match=culprit):
-        load_weights(build_model(config, 8), path, config, None)
+        load_weights(build_model(config, 8), path, None)
 
 
 # --- How a run begins -------------------------------------------------------
@@ -472,7 +472,7 @@ class Looks(torch.nn.Module):
 @pytest.mark.parametrize("max_batch", [0, 4])       # 4: fewer than the views of a video
 def test_probabilities_of_views_are_averaged(lists, max_batch):
     config = tiny_config(*lists, "run.workers=0", f"run.max_batch={max_batch}")
-    _, entries, _ = data.read_lists(config["data"])
+    _, entries = data.read_lists(config["data"])
     results = evaluate(Looks(), entries, config, Machine(config["run"]), clips=3, crops=2)
     assert [result.entry for result in results] == entries
     choose = partial(data.dense_views, frames=8, stride=1, clips=3)
