@@ -4,6 +4,7 @@ Fine-tune or probe a pretrained encoder, and test it on several views of each vi
     python train_finetune.py [PRESET ...] [section.key=value ...]       after train_pretrain.py
     python train_finetune.py k400 linear                                a linear probe
     python train_finetune.py k400 finetune.test_only=true               the test alone
+    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER       names alone
     torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2     eight GPUs
 
 Writes last.pt, best.pt (the best on validation), log.jsonl, results.json and
@@ -532,11 +533,13 @@ def print_start(config, model, lists, origin, lines):
     size = config["model"]["size"]
     stride = f" at stride {config['data']['stride']}" if settings["sampling"] == "dense" else ""
     million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    counts = [f"{len(lists.test)} to test", f"{len(lists.classes)} classes"]
-    if lists.val and lists.val != lists.test:
-        counts.insert(0, f"{len(lists.val)} to validate")
+    counts = []
     if lists.train:
-        counts.insert(0, f"{len(lists.train)} to train")
+        counts.append(f"{len(lists.train)} videos to train")
+    if lists.val and lists.val != lists.test:
+        counts.append(f"{len(lists.val)} videos to validate")
+    counts.append(f"{len(lists.test)} videos to test")
+    counts.append(f"{len(lists.classes)} classes")
     clip = config["model"]["pretrained_clip"]
     if any(clip) and clip != [frames, size]:
         lines = [*lines, "  positions  interpolated from those of clips of "

@@ -572,6 +572,38 @@ def test_probabilities_of_views_are_averaged(lists, max_batch):
         assert unreadable is None
 
 
+class Crowd(Looks):
+    """Three logits that depend on all views of the batch."""
+
+    def forward(self, video):
+        return super().forward(video) * video.std()
+
+
+def test_a_video_is_tested_beside_the_same_others_by_any_number_of_processes(lists):
+    """Sums in another order would change the last digits of its probabilities."""
+    config = tiny_config(*lists, "run.workers=0", "run.max_batch=3")
+    _, entries = data.read_lists(config["data"])
+
+    def probabilities(world_size):
+        """{entry number: probabilities} of all processes, one after another."""
+        found = {}
+        for rank in range(world_size):
+            machine = Machine(config["run"])
+            machine.rank = rank
+            machine.world_size = world_size
+            machine.gather = lambda own: [{i: own.get(i) for i in range(len(entries))}]
+            results = evaluate(Crowd(), entries, config, machine, clips=1, crops=1)
+            for i, result in enumerate(results):
+                if result is not None:
+                    assert i not in found
+                    found[i] = result.probabilities
+        return [found[i] for i in range(len(entries))]
+
+    alone = probabilities(1)
+    assert_equal(probabilities(2), alone)
+    assert_equal(probabilities(7), alone)           # there are five batches
+
+
 def test_unreadable_videos_count_as_wrong():
     """13 videos of classes a to h; all answers are right but for number 4, of class e."""
     results = []
@@ -688,7 +720,8 @@ def test_finetuning_at_another_size_resumes_without_its_init_and_tests(
     script.kill()
     init.unlink()
     checkpoint, printed, _ = finetune(output, *arguments, size)
-    assert "24 to train, 13 to validate, 24 to test, 8 classes" in printed
+    assert ("24 videos to train, 13 videos to validate, 24 videos to test, 8 classes"
+            in printed)
     assert "positions  interpolated from those of clips of 8 frames, 32 x 32" in printed
     assert "from step 0 on" not in printed
     assert checkpoint["step"] == 6
