@@ -328,7 +328,8 @@ def read_annotations(source, root="", classes=None):
                         "file; look at data.root, data.train and data.val")
     source = existing[0]
     root = Path(root).expanduser() if root else source.parent
-    if not root.is_dir():
+    # A folder of videos needs no other one: a preset's need not be there
+    if not source.is_dir() and not root.is_dir():
         raise UserError(f"{root}: there is no such folder of videos (data.root)")
 
     # Names and labels, and a way to find the files

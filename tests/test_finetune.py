@@ -750,8 +750,8 @@ def test_unlabelled_videos_get_the_same_names_from_any_number_of_processes(
     """A folder of 13 videos, of which number 4 is unreadable, in batches of two."""
     output, *_ = reference
     folder = lists[1].removeprefix("data.val=").replace("val.txt", "val")
-    arguments = ["data.train=", f"data.val={folder}", f"finetune.init={output / 'last.pt'}",
-                 "finetune.test_only=true", "run.max_batch=4"]
+    arguments = ["data.root=gone", "data.train=", f"data.val={folder}", "run.max_batch=4",
+                 f"finetune.init={output / 'last.pt'}", "finetune.test_only=true"]
     _, printed, _ = finetune(tmp_path / "one", *arguments)
     assert "13 videos, 1 of them unreadable; they have no labels, so there is nothing to" in printed
     results, rows = read_results(tmp_path / "one")
