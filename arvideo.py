@@ -196,6 +196,19 @@ def position_table(grid, width, kind):
     return F.pad(table, (0, width - 3 * third))
 
 
+def interpolate_positions(table, old, new):
+    """Embeddings [n, width] of the grid `old` (t, h, w) -> [N, width] of the grid `new`.
+
+    Trilinear over time, height and width, so that a token at the same share of the
+    clip has about the same embedding. The same grid leaves the table as it is.
+    """
+    if new == old:
+        return table
+    volume = table.T.reshape(1, -1, *old)                           # [1, width, t, h, w]
+    volume = F.interpolate(volume, size=new, mode="trilinear", align_corners=False)
+    return volume[0].flatten(1).T.contiguous()
+
+
 def attend(q, k, v, heads, mask=None):
     """Multi-head attention of q [B, n, w] over k and v [B, m, w] -> [B, n, w].
 
@@ -319,26 +332,37 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """A plain ViT over cubes, with VideoMAE's parameter names.
 
+    `pretrained_clip` is the frames and the size of the clips of its pretraining, if
+    they are others: positions are then interpolated. (0, 0) means the same.
     `checkpointing` computes activations again in the backward pass, which saves
     memory. Raises ValueError if cubes do not fill the video or heads the width.
     """
 
     def __init__(self, *, frames, size, cube, width, depth, heads, mlp_ratio,
-                 positions="1d", checkpointing=False):
+                 positions="1d", pretrained_clip=(0, 0), checkpointing=False):
         super().__init__()
         require_known("positions", positions, POSITIONS)
         require_heads("heads", heads, width)
         self.cube = tuple(cube)
         self.width = width
         self.checkpointing = checkpointing
-        self.grid = blocks_per_axis((frames, size, size), self.cube, "cube")
+        first_frames, first_size = pretrained_clip if any(pretrained_clip) else (frames, size)
+        self.grid = blocks_per_axis((first_frames, first_size, first_size), self.cube, "cube")
         table = position_table(self.grid, width, positions)             # [N, D]
         self.register_buffer("positions", table, persistent=False)
+        self.resize(frames, size)
         self.patch_embed = CubeEmbedding(self.cube, width)
         blocks = [EncoderBlock(width, heads, mlp_ratio) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = LayerNorm(width)
         self.apply(initialise)
+
+    def resize(self, frames, size):
+        """Take clips of so many frames, size x size, from now on: interpolate the positions."""
+        grid = blocks_per_axis((frames, size, size), self.cube, "cube")
+        # In place: a fork's learned positions stay a parameter
+        self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
+        self.grid = grid
 
     def encode(self, cubes, index=None, mask=None):
         """Some cubes [B, n, 3, P] of each video -> features [B, n, D].
@@ -442,8 +466,9 @@ class ARVideo(nn.Module):
     Its arguments are section `model` of config.yaml, which explains them. The
     paper's ablations (Tables 1 and 6 to 10) change them. `mask_ratio` is the
     share of hidden tokens. `predict_after` is how many places at the start of
-    the order are not predicted, 1 or more. `predict_ratio` is not in the paper:
-    the share of a cluster's tokens that is predicted in a step.
+    the order are not predicted, 1 or more. `pretrained_clip` is the encoder's.
+    `predict_ratio` is not in the paper: the share of a cluster's tokens that is
+    predicted in a step.
     Raises ValueError where sizes do not fit or a value is out of range.
     """
 
@@ -453,7 +478,7 @@ class ARVideo(nn.Module):
         width=768, depth=12, heads=12, mlp_ratio=4.0,
         decoder_width=512, decoder_depth=4, decoder_heads=8,
         decoder_self_attention=False, normalise_target=True,
-        positions="1d", checkpointing=False,
+        positions="1d", pretrained_clip=(0, 0), checkpointing=False,
     ):
         super().__init__()
         require_known("order", order, ORDERS)
@@ -472,7 +497,8 @@ class ARVideo(nn.Module):
         self.normalise_target = normalise_target
         self.encoder = Encoder(
             frames=frames, size=size, cube=cube, width=width, depth=depth, heads=heads,
-            mlp_ratio=mlp_ratio, positions=positions, checkpointing=checkpointing)
+            mlp_ratio=mlp_ratio, positions=positions, pretrained_clip=pretrained_clip,
+            checkpointing=checkpointing)
         self.grid = self.encoder.grid
         self.cube = self.encoder.cube
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
@@ -606,18 +632,26 @@ class ARVideo(nn.Module):
         return [cubes_to_video(x, self.grid, self.cube) for x in (shown, predictions)]
 
 
-def pretrained_encoder(checkpoint, model_class=ARVideo):
+def pretrained_encoder(checkpoint, model_class=ARVideo, frames=None, size=None):
     """The encoder alone, for transfer (3.3.3), from a checkpoint of train_pretrain.py.
 
     encoder(video [B, 3, T, H, W]) gives features [B, N, D]; every token attends
-    to all others. `model_class` is the class that was trained.
+    to all others. `model_class` is the class that was trained. `frames` and `size`
+    are those of the clips, by default those of pretraining.
+    Raises ValueError if this is another checkpoint, or if cubes do not fill the clips.
     Raises RuntimeError, naming the tensors, if the weights do not fit the
     configuration that was saved with them.
     """
-    encoder = model_class(**checkpoint["config"]["model"]).encoder
+    if "config" not in checkpoint or "classes" in checkpoint:
+        raise ValueError("pretrained_encoder needs a checkpoint of train_pretrain.py; for a "
+                         "fine-tuned one, use finetuned_classifier of train_finetune.py")
+    settings = checkpoint["config"]["model"]
+    encoder = model_class(**settings).encoder
     # The dot matters: encoder_to_decoder stays behind
     weights = {name.removeprefix("encoder."): tensor
                for name, tensor in checkpoint["model"].items()
                if name.startswith("encoder.")}
     encoder.load_state_dict(weights)
+    if frames or size:
+        encoder.resize(frames or settings["frames"], size or settings["size"])
     return encoder.eval()

@@ -35,7 +35,7 @@ import sys
 import tempfile
 from fractions import Fraction
 from functools import cache, partial
-from itertools import dropwhile
+from itertools import dropwhile, zip_longest
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -240,6 +240,19 @@ def read_class_names(path):
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
+def refuse_other_names(source, own, classes):
+    """UserError if classes.txt beside a list, `own`, contradicts the known `classes`.
+
+    Classes without names are named by their numbers, which contradict nothing.
+    """
+    if not own or not classes or classes == [str(i) for i in range(len(classes))]:
+        return
+    for number, (name, known) in enumerate(zip_longest(own, classes, fillvalue="missing")):
+        if name != known:
+            raise UserError(f"{source}: classes.txt beside it names other classes than the "
+                            f"{len(classes)} known ones: class {number} is {name}, not {known}")
+
+
 def find_file(name, folders):
     """The video `name` below one of the folders, or what `shrink` made of it, or None."""
     names = [name, os.path.splitext(name)[0] + ".mp4"]
@@ -266,10 +279,11 @@ def number_classes(source, named, classes):
     """
     classes = classes or sorted({label for _, label in named})
     numbers = {label: i for i, label in enumerate(classes)}
-    unknown = {label for _, label in named} - set(numbers)
+    unknown = sorted({label for _, label in named} - set(numbers))
     if unknown:
-        raise UserError(f"{source}: the class '{min(unknown)}' is not among the "
-                        f"{len(classes)} known ones")
+        more = f" (nor are {len(unknown) - 1} others)" if len(unknown) > 1 else ""
+        raise UserError(f"{source}: the class '{unknown[0]}' is not among the {len(classes)} known "
+                        f"ones, {', '.join(classes[:5])}{' ...' * (len(classes) > 5)}{more}")
     return [(name, numbers[label]) for name, label in named], classes
 
 
@@ -306,8 +320,9 @@ def read_annotations(source, root="", classes=None):
     - Something-Something's JSON, with labels.json beside it
     - a list of lines `path label`, `path,label` or `path`; classes.txt may be beside it
     Videos are looked for below `root`, or beside the annotations if `root` is empty. Paths of
-    a list may be relative to either. `classes`, the names of the training set, fixes the
-    class numbers. UserError names the file, the line and what is wrong.
+    a list may be relative to either. `classes`, the names known from the training set or
+    from a checkpoint, fixes the class numbers.
+    UserError names the file, the line and what is wrong.
     """
     # Find the annotations, as given or below root, and the folder of the videos
     candidates = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
@@ -317,7 +332,8 @@ def read_annotations(source, root="", classes=None):
                         "file; look at data.root, data.train and data.val")
     source = existing[0]
     root = Path(root).expanduser() if root else source.parent
-    if not root.is_dir():
+    # A folder of videos needs no other one: a preset's need not be there
+    if not source.is_dir() and not root.is_dir():
         raise UserError(f"{root}: there is no such folder of videos (data.root)")
 
     # Names and labels, and a way to find the files
@@ -341,31 +357,38 @@ def read_annotations(source, root="", classes=None):
             folders = (root, source.parent)
             named = read_list(source, text, folders)
             find = partial(find_file, folders=folders)
-            classes = classes or read_class_names(source.with_name("classes.txt"))
+            names = read_class_names(source.with_name("classes.txt"))
+            if named and named[0][1] is not None:
+                refuse_other_names(source, names, classes)
+            classes = classes or names
 
     if named and isinstance(named[0][1], str):
         named, classes = number_classes(source, named, classes)
     return make_entries(source, root, named, find), classes
 
 
-def read_lists(settings):
-    """(training entries, validation entries, class names) of section `data` of the settings.
+def read_split(settings, split, classes=None):
+    """([Entry, ...], class names or None) of data.train, data.val or data.test.
 
-    Makes the toy set on first use.
+    No entries if the setting is empty. `classes` as in read_annotations. Makes the toy set on
+    first use.
     """
-    lists = {}
-    for split in ("train", "val"):
-        lists[split] = settings[split]
-        if lists[split] == "toy":
-            make_toy_set()
-            lists[split] = TOY_ROOT / f"{split}.txt"
-    if not lists["train"]:
+    source = settings[split]
+    if not source:
+        return [], classes
+    if source == "toy":
+        make_toy_set()
+        source = TOY_ROOT / f"{split}.txt"
+    return read_annotations(source, settings["root"], classes)
+
+
+def read_lists(settings):
+    """(training entries, validation entries) for pretraining, which needs no labels."""
+    train, _ = read_split(settings, "train")
+    if not train:
         raise UserError("data.train is empty: name a list, a CSV, a JSON or a folder of classes")
-    train, classes = read_annotations(lists["train"], settings["root"])
-    val = []
-    if lists["val"]:
-        val, _ = read_annotations(lists["val"], settings["root"], classes)
-    return train, val, classes
+    val, _ = read_split(settings, "val")
+    return train, val
 
 
 # --- Decoding ---------------------------------------------------------------

@@ -4,6 +4,7 @@ Fine-tune or probe a pretrained encoder, and test it on several views of each vi
     python train_finetune.py [PRESET ...] [section.key=value ...]       after train_pretrain.py
     python train_finetune.py k400 linear                                a linear probe
     python train_finetune.py k400 finetune.test_only=true               the test alone
+    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER       names alone
     torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2     eight GPUs
 
 Writes last.pt, best.pt (the best on validation), log.jsonl, results.json and
@@ -12,6 +13,7 @@ predictions.csv to run.output.
 
 import csv
 import json
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -29,10 +31,16 @@ import data
 from arvideo import DecoderBlock, Encoder, LayerNorm, initialise
 from data import UserError, stream_seed
 from train_pretrain import (
-    Machine, fit, load_checkpoint, make_optimizer, run_command, save_checkpoint)
+    Machine, fit, given_settings, load_checkpoint, make_optimizer, run_command, save_checkpoint)
 
 # The keys of section `model` that decide the encoder's weights and what they mean
-ENCODER_KEYS = ("frames", "size", "cube", "width", "depth", "heads", "mlp_ratio", "positions")
+ENCODER_KEYS = ("cube", "width", "depth", "heads", "mlp_ratio", "positions")
+# Those that the same weights serve with any values
+CLIP_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
+# What finetune.test_only takes from the checkpoint unless the command line says otherwise
+TEST_SETTINGS = ("finetune.sampling", "data.stride", "model.frames", "model.size")
+# [frames, size] of VideoMAE's pretraining, which its files do not tell
+VIDEOMAE_CLIP = [16, 224]
 # What a classifier adds to the encoder; it belongs to the classes of one data set
 CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
@@ -42,7 +50,8 @@ CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
 def encoder_arguments(settings):
     """Encoder's arguments, from section `model` of the settings."""
-    return {key: settings[key] for key in (*ENCODER_KEYS, "checkpointing")}
+    # A checkpoint of ours may be older than a key
+    return {key: settings[key] for key in ENCODER_KEYS + CLIP_KEYS if key in settings}
 
 
 def linear_head(width, classes):
@@ -130,16 +139,15 @@ def layer_decay(depth, decay):
 # --- Weights to start from --------------------------------------------------
 
 
-def require_same_encoder(path, content, settings):
-    """UserError if a checkpoint of ours holds another encoder than section `model` asks for."""
-    saved = content.get("config", {}).get("model", {})
-    differing = [f"model.{key} is {settings[key]}, the checkpoint's {saved[key]}"
-                 for key in ENCODER_KEYS if key in saved and saved[key] != settings[key]]
-    if differing:
-        raise UserError(f"{path} holds another model: {'; '.join(differing)}")
+def weights_in(path, content):
+    """The weights in the content of a checkpoint. UserError if there are none."""
+    weights = content.get("model", content.get("module")) if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: there are no weights under the key `model`")
+    return weights
 
 
-def load_weights(model, path, config, classes):
+def load_weights(model, path, classes):
     """Load a checkpoint, ours or VideoMAE's, into a Classifier or a Probe.
 
     Returns (a sentence on what was loaded, whether it was everything). If the checkpoint is
@@ -148,10 +156,7 @@ def load_weights(model, path, config, classes):
     are not loaded. UserError names the tensors that do not fit.
     """
     content = load_checkpoint(path)
-    weights = content.get("model", content.get("module")) if isinstance(content, dict) else None
-    if not isinstance(weights, dict):
-        raise UserError(f"{path}: there are no weights under the key `model`")
-    require_same_encoder(path, content, config["model"])
+    weights = weights_in(path, content)
     origin = path
     for key in ("step", "epoch"):
         if key in content:
@@ -230,14 +235,17 @@ def evaluate(model, entries, config, machine, clips, crops):
     """The Result of every entry, in every process.
 
     A video's probabilities are the mean over the softmax of each of its clips x crops
-    views. Each process takes every world_size-th video: none is padded or counted twice.
+    views. Each process takes every world_size-th batch: no video is padded or counted twice,
+    and with any number of processes it shares its batch with the same others.
     """
     choose = frame_chooser(config, data.dense_views, data.segment_views, clips)
     videos = data.Views(entries, choose, config["model"]["size"], crops)
     view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
-    order = range(machine.rank, len(entries), machine.world_size)
+    batch_size = max(1, view_limit // (clips * crops))
+    groups = torch.arange(len(entries)).split(batch_size)[machine.rank::machine.world_size]
+    order = [i for group in groups for i in group.tolist()]
     batches = data.load_batches(
-        videos, max(1, view_limit // (clips * crops)), order, machine.workers,
+        videos, batch_size, order, machine.workers,
         pin_memory=machine.device.type == "cuda", context=machine.worker_context)
     results = {}
     model.eval()
@@ -284,9 +292,18 @@ def accuracy(results, classes):
 
 
 def write_results(output, results, classes, **about):
-    """Write results.json and predictions.csv. Returns the content of the former."""
+    """Write results.json and predictions.csv. Returns the content of the former.
+
+    Videos without labels have no accuracy.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    scores = {**accuracy(results, classes), **about}
+    if results[0].entry.label is None:
+        scores = dict(
+            videos=len(results), scored="nothing: the videos have no labels",
+            unreadable=[result.unreadable for result in results if result.unreadable])
+    else:
+        scores = accuracy(results, classes)
+    scores.update(about)
     (output / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     header = ["path", "label"]
     for n in range(1, min(5, len(classes)) + 1):
@@ -297,7 +314,7 @@ def write_results(output, results, classes, **about):
         table = csv.writer(file)
         table.writerow(header)
         for entry, probabilities, _ in results:
-            row = [entry.path, classes[entry.label]]
+            row = [entry.path, "" if entry.label is None else classes[entry.label]]
             if probabilities is not None:
                 for probability, c in zip(*probabilities.topk(min(5, len(classes)))):
                     row += [classes[c], f"{probability:.4f}"]
@@ -305,53 +322,193 @@ def write_results(output, results, classes, **about):
     return scores
 
 
-# --- Fine-tuning ------------------------------------------------------------
+# --- Lists ------------------------------------------------------------------
 
 
-def labelled_lists(config):
-    """(training entries, validation entries, class names). UserError where labels are missing."""
-    train, val, classes = data.read_lists(config["data"])
-    for name, entries in (("train", train), ("val", val)):
-        if not entries:
-            raise UserError(f"data.{name} is empty: fine-tuning needs a list with labels")
-        if entries[0].label is None:
-            raise UserError(f"data.{name}={config['data'][name]} has no labels, which "
-                            "fine-tuning needs")
-    if not classes:
-        labels = {entry.label for entry in train}
-        if 0 not in labels:
-            raise UserError(f"data.train={config['data']['train']}: labels must count from 0, "
-                            "but no video has the label 0")
-        classes = [str(label) for label in range(max(labels) + 1)]
-    for entry in train + val:
-        if entry.label >= len(classes):
+class Lists(NamedTuple):
+    """What is trained on, what best.pt is chosen on and what is tested; and the class names."""
+    train: list
+    val: list
+    test: list
+    classes: list
+
+
+def require_labels(split, entries, source):
+    """UserError if a list, data.`split`, is empty or has no labels."""
+    if not entries:
+        raise UserError(f"data.{split} is empty: fine-tuning needs a list with labels")
+    if entries[0].label is None:
+        raise UserError(f"data.{split}={source} has no labels, which fine-tuning needs")
+
+
+def require_known_labels(entries, classes):
+    """UserError if a label is no number of a class."""
+    for entry in entries:
+        if entry.label is not None and entry.label >= len(classes):
             raise UserError(f"{entry.path} has the label {entry.label}, but there are "
                             f"{len(classes)} classes, from 0 on")
-    return train, val, classes
 
 
-def begin(model, config, classes):
-    """Decide how the run begins and load weights if need be. Returns a sentence on it.
+def read_training_list(settings):
+    """(entries, class names) of data.train. Classes without names are named by their numbers."""
+    source = settings["train"]
+    train, classes = data.read_split(settings, "train")
+    require_labels("train", train, source)
+    labels = {entry.label for entry in train}
+    if not classes:
+        if 0 not in labels:
+            raise UserError(f"data.train={source}: labels must count from 0, but no video has "
+                            "the label 0")
+        classes = [str(label) for label in range(max(labels) + 1)]
+    require_known_labels(train, classes)
+    if len(labels) == 1:
+        raise UserError(f"data.train={source}: all videos are of one class, "
+                        f"'{classes[labels.pop()]}'; a classifier needs two or more")
+    return train, classes
+
+
+def read_lists(settings):
+    """The Lists to train with, from section `data`. The test's may be without labels."""
+    train, classes = read_training_list(settings)
+    val, _ = data.read_split(settings, "val", classes)
+    require_labels("val", val, settings["val"])
+    test = val
+    if settings["test"]:
+        test, _ = data.read_split(settings, "test", classes)
+    require_known_labels(val + test, classes)
+    return Lists(train, val, test, classes)
+
+
+def read_test_list(settings, classes):
+    """The Lists of a test alone. `classes` are the checkpoint's names; None: data.train's."""
+    split = "test" if settings["test"] else "val"
+    if not settings[split]:
+        raise UserError("data.test and data.val are empty: name a list, or a folder of videos")
+    if not classes:
+        _, classes = read_training_list(settings)
+    test, _ = data.read_split(settings, split, classes)
+    require_known_labels(test, classes)
+    return Lists([], [], test, classes)
+
+
+# --- How a run begins -------------------------------------------------------
+
+
+def resumes(config):
+    """Whether the run goes on from the last.pt in run.output."""
+    last_pt = Path(config["run"]["output"], "last.pt")
+    return last_pt.exists() and not config["finetune"]["test_only"]
+
+
+def starting_checkpoint(config):
+    """The checkpoint that decides how the run begins. The first of these that applies:
 
     1. finetune.test_only: the classifier in finetune.init, by default in this run's last.pt
     2. run.output holds last.pt: the run resumes from it, in fit
-    3. finetune.init=scratch: the weights stay random
+    3. finetune.init=scratch: None, the weights stay random
     4. else: the encoder in finetune.init, by default in this preset's pretraining
     """
     init = config["finetune"]["init"]
+    if resumes(config):
+        return Path(config["run"]["output"], "last.pt")
+    if init == "scratch" and not config["finetune"]["test_only"]:
+        return None
+    return init
+
+
+def require_same_encoder(path, saved, settings):
+    """UserError if section `model` asks for another encoder than that of a checkpoint.
+
+    `saved` is the checkpoint's section `model`, empty if it is not ours.
+    """
+    differing = [f"model.{key} is {settings[key]}, the checkpoint's {saved[key]}"
+                 for key in ENCODER_KEYS if key in saved and saved[key] != settings[key]]
+    if differing:
+        raise UserError(f"{path} holds another model: {'; '.join(differing)}")
+
+
+def set_pretrained_clip(path, saved, settings):
+    """Set model.pretrained_clip, unless the settings do. Returns lines to print.
+
+    `saved` is the checkpoint's section `model`, empty if it is not ours.
+    UserError if the settings and a checkpoint of ours say different things.
+    """
+    asked = settings["pretrained_clip"]
+    if not saved:
+        if any(asked):
+            return []
+        settings["pretrained_clip"] = VIDEOMAE_CLIP
+        frames, size = VIDEOMAE_CLIP
+        return [f"  assumed    {path} was pretrained on clips of {frames} frames, {size} x "
+                f"{size}, as VideoMAE's are; model.pretrained_clip sets others"]
+    known = saved.get("pretrained_clip", [0, 0])
+    if not any(known):
+        known = [saved["frames"], saved["size"]]
+    if any(asked) and asked != known:
+        raise UserError(f"model.pretrained_clip is {asked}, but {path} was pretrained with {known}")
+    settings["pretrained_clip"] = known
+    return []
+
+
+def take_test_settings(path, saved, config, given):
+    """Take TEST_SETTINGS from the settings `saved` in a checkpoint, but for those `given`.
+
+    Returns lines to print.
+    """
+    taken = []
+    for name in TEST_SETTINGS:
+        section, key = name.split(".")
+        if name not in given and key in saved.get(section, {}):
+            config[section][key] = saved[section][key]
+            taken.append(f"{name}={saved[section][key]}")
+    return [f"  taken      {', '.join(taken)}, from {path}"] if taken else []
+
+
+def adopt_settings(config, given):
+    """Set what the checkpoint that the run begins from knows, before the model is built.
+
+    `given` are the settings of the command line, which have the last word on a test.
+    Returns (class names or None, lines to print).
+    """
+    path = starting_checkpoint(config)
+    settings = config["model"]
+    if path is None:
+        return None, []
+    content = load_checkpoint(path)
+    weights = weights_in(path, content)
+    saved = content.get("config", {})
+    saved_model = saved.get("model", {})
+
+    # A run that resumes needs no other checkpoint than its own
+    if resumes(config):
+        if not any(settings["pretrained_clip"]):
+            settings["pretrained_clip"] = saved_model.get("pretrained_clip", [0, 0])
+        return None, []
+
+    require_same_encoder(path, saved_model, settings)
+    lines = set_pretrained_clip(path, saved_model, settings)
     if config["finetune"]["test_only"]:
-        sentence, complete = load_weights(model, init, config, classes)
-        if not complete:
-            raise UserError(f"finetune.test_only: {init} holds no classifier of these classes; "
-                            "set finetune.init")
-        return sentence
-    path = Path(config["run"]["output"], "last.pt")
-    if path.exists():
-        return f"{path}, resumed"
-    if init == "scratch":
+        if "head.weight" not in weights:
+            raise UserError(f"finetune.test_only: {path} holds no classifier; set finetune.init")
+        lines += take_test_settings(path, saved, config, given)
+    return content.get("classes"), lines
+
+
+def begin(model, config, classes):
+    """Load the weights that the run begins with, if any. Returns a sentence on it."""
+    path = starting_checkpoint(config)
+    if path is None:
         return "scratch"
-    sentence, _ = load_weights(model, init, config, classes)
+    if resumes(config):
+        return f"{path}, resumed"
+    sentence, complete = load_weights(model, path, classes)
+    if config["finetune"]["test_only"] and not complete:
+        raise UserError(f"finetune.test_only: {path} holds no classifier of these classes with "
+                        f"finetune.probe={config['finetune']['probe']}; set finetune.init")
     return sentence
+
+
+# --- Fine-tuning ------------------------------------------------------------
 
 
 def mix_videos(clips, labels, mixes, repeats):
@@ -371,22 +528,34 @@ def mix_videos(clips, labels, mixes, repeats):
     return clips.as_subclass(torch.Tensor), targets
 
 
-def print_start(config, machine, model, train, val, classes, origin):
-    """What will happen."""
+def print_start(config, model, lists, origin, lines):
+    """What will happen. `lines` follow as they are."""
     settings = config["finetune"]
     probe = settings["probe"]
+    frames = config["model"]["frames"]
     size = config["model"]["size"]
     stride = f" at stride {config['data']['stride']}" if settings["sampling"] == "dense" else ""
     million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    counts = []
+    if lists.train:
+        counts.append(f"{len(lists.train)} videos to train")
+    if lists.val and lists.val != lists.test:
+        counts.append(f"{len(lists.val)} videos to validate")
+    counts.append(f"{len(lists.test)} videos to test")
+    counts.append(f"{len(lists.classes)} classes")
+    clip = config["model"]["pretrained_clip"]
+    if any(clip) and clip != [frames, size]:
+        lines = [*lines, "  positions  interpolated from those of clips of "
+                         f"{clip[0]} frames, {clip[1]} x {clip[1]}"]
     print(f"ARVideo {'fine-tuning' if probe == 'none' else probe + ' probe'}\n"
-          f"  data       {len(train)} videos to train, {len(val)} to test, {len(classes)} classes; "
-          f"{settings['sampling']} clips of {config['model']['frames']} frames{stride}, "
+          f"  data       {', '.join(counts)}; "
+          f"{settings['sampling']} clips of {frames} frames{stride}, "
           f"{size} x {size}, flip {settings['flip']}\n"
           f"  model      {million:.1f} M parameters to train\n"
-          f"  start      {origin}")
+          f"  start      {origin}", *lines, sep="\n")
 
 
-def train_classifier(config, machine, model, train, val, classes):
+def train_classifier(config, machine, model, lists):
     """Fine-tune or probe. Returns False if the run was finished before."""
     run = config["run"]
     settings = config["finetune"]
@@ -402,8 +571,8 @@ def train_classifier(config, machine, model, train, val, classes):
         data.finetuning_clip, size=config["model"]["size"], flip=settings["flip"],
         crop_area=settings["crop_area"], rand_augment_strength=settings["rand_augment"],
         erase=settings["erase"])
-    videos = data.Videos(train, choose, augment, run["seed"])
-    mixes = [mix(alpha=settings[key], num_classes=len(classes))
+    videos = data.Videos(lists.train, choose, augment, run["seed"])
+    mixes = [mix(alpha=settings[key], num_classes=len(lists.classes))
              for mix, key in ((MixUp, "mixup"), (CutMix, "cutmix")) if settings[key] > 0]
 
     def loss_of(forward, batch, step, rows):
@@ -425,55 +594,72 @@ def train_classifier(config, machine, model, train, val, classes):
         nonlocal best_top1
         if epoch == 0 or not is_last and epoch % settings["validate_epochs"]:
             return None
-        scores = accuracy(evaluate(model, val, config, machine, clips=1, crops=1), classes)
+        results = evaluate(model, lists.val, config, machine, clips=1, crops=1)
+        scores = accuracy(results, lists.classes)
         if machine.is_first:
             tqdm.write(f"epoch {epoch}: validation top-1 {scores['top1']:.1f} %, "
                        f"top-5 {scores['top5']:.1f} %")
             if scores["top1"] > best_top1:
                 best_top1 = scores["top1"]
-                save_checkpoint(best_pt, dict(model=model.state_dict(), config=config,
-                                              classes=classes, epoch=epoch, top1=scores["top1"]))
+                save_checkpoint(best_pt, dict(
+                    model=model.state_dict(), config=config, classes=lists.classes, epoch=epoch,
+                    top1=scores["top1"]))
         return dict(top1=scores["top1"], top5=scores["top5"])
 
     scale = layer_decay(config["model"]["depth"], settings["layer_decay"])
     optimizer = make_optimizer(model, settings, machine.device, scale)
     return fit(config, "finetune", machine, model, videos, optimizer, loss_of, validate,
-               classes=classes)
+               classes=lists.classes)
 
 
-def finetune(config):
+def print_scores(scores, output):
+    """What a test gave: the content of results.json."""
+    for reason in scores["unreadable"]:
+        print(f"unreadable: {data.printable(reason)}")
+    videos = f"{scores['videos']} videos, {len(scores['unreadable'])} of them unreadable"
+    about = f"{scores['views']}; weights: {scores['weights']}"
+    if "top1" in scores:
+        print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {videos} and counted "
+              f"as wrong; {about}; see {output}/results.json")
+    else:
+        print(f"{videos}; they have no labels, so there is nothing to score; {about}; see "
+              f"{output}/predictions.csv")
+
+
+def finetune(config, given=frozenset()):
+    """Train and test as the settings say; `given` are those that the command line sets."""
     run = config["run"]
     settings = config["finetune"]
     output = Path(run["output"])
     machine = Machine(run)
     torch.manual_seed(stream_seed(run["seed"], "weights"))
-    train, val, classes = machine.from_first(labelled_lists, config)
-    model = machine.prepare(build_model(config, len(classes)))
-    origin = begin(model, config, classes)
+    known_classes, lines = adopt_settings(config, given)
+    if settings["test_only"]:
+        lists = machine.from_first(read_test_list, config["data"], known_classes)
+    else:
+        lists = machine.from_first(read_lists, config["data"])
+    model = machine.prepare(build_model(config, len(lists.classes)))
+    origin = begin(model, config, lists.classes)
     if machine.is_first:
-        print_start(config, machine, model, train, val, classes, origin)
+        print_start(config, model, lists, origin, lines)
 
     if not settings["test_only"]:
-        trained = train_classifier(config, machine, model, train, val, classes)
+        trained = train_classifier(config, machine, model, lists)
         origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before'}"
 
     # The test on several views: of the last weights, as the protocol has it; with test_only
     # of those in finetune.init
     clips = settings["test_clips"]
     crops = settings["test_crops"]
-    results = evaluate(model, val, config, machine, clips, crops)
+    results = evaluate(model, lists.test, config, machine, clips, crops)
     if machine.is_first:
-        scores = write_results(output, results, classes, views=f"{clips} clips x {crops} crops",
-                               weights=origin)
-        for reason in scores["unreadable"]:
-            print(f"unreadable: {data.printable(reason)}")
-        print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['videos']} "
-              f"videos, {len(scores['unreadable'])} of them unreadable and counted as wrong; "
-              f"{scores['views']}; weights: {origin}; see {output}/results.json")
+        scores = write_results(output, results, lists.classes,
+                               views=f"{clips} clips x {crops} crops", weights=origin)
+        print_scores(scores, output)
 
 
 def main():
-    run_command("finetune", finetune)
+    run_command("finetune", partial(finetune, given=given_settings(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -175,6 +175,11 @@ def fill_in_names(config, presets, stage, init_is_given):
     finetune["init"] = os.path.expanduser(finetune["init"])
 
 
+def given_settings(arguments):
+    """The names, section.key, of the settings that a command line sets."""
+    return {argument.partition("=")[0] for argument in arguments if "=" in argument}
+
+
 def load_config(arguments, stage):
     """The settings of a command line: config.yaml, then presets, then section.key=value.
 
@@ -208,8 +213,7 @@ def load_config(arguments, stage):
         set_value(config, section, key, value)
 
     check_ranges(config)
-    init_is_given = any(argument.startswith("finetune.init=") for argument in arguments)
-    fill_in_names(config, presets, stage, init_is_given)
+    fill_in_names(config, presets, stage, "finetune.init" in given_settings(arguments))
     return config
 
 
@@ -500,9 +504,11 @@ def load_checkpoint(path):
             # Files of torch before version 1.6 are no zip archives and cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True,
                               mmap=zipfile.is_zipfile(path))
-    except Exception as error:                          # torch raises half a dozen kinds
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"{path}: this is not a readable checkpoint ({reason})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception:                   # torch raises half a dozen kinds, at length
+        raise UserError(f"{path}: this is not a readable checkpoint: it is of another kind, cut "
+                        "short, or holds more than tensors and plain values") from None
 
 
 def lock_folder(output):
@@ -582,7 +588,7 @@ class Log:
 # Settings of the sections data, model and the stage's own that may differ when a run
 # resumes. Of section run, only the seed must be the same.
 MAY_CHANGE = {
-    "root", "train", "val", "max_unreadable", "checkpointing", "init", "epochs",
+    "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
 
 
@@ -932,7 +938,7 @@ def pretrain(config):
     generator = torch.Generator(machine.device)
 
     # Data
-    train, val, _ = machine.from_first(data.read_lists, config["data"])
+    train, val = machine.from_first(data.read_lists, config["data"])
     choose = partial(data.dense_clips, frames=config["model"]["frames"],
                      stride=config["data"]["stride"], clips=repeats)
     augment = partial(data.pretraining_clip, size=config["model"]["size"], flip=settings["flip"])

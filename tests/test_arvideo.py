@@ -495,6 +495,111 @@ def test_transfer_uses_a_subclass_of_the_encoder(fork):
     assert torch.equal(classifier(video), logits)
 
 
+def test_pretrained_encoder_names_the_checkpoint_that_it_needs():
+    with pytest.raises(ValueError, match="for a fine-tuned one, use finetuned_classifier"):
+        arvideo.pretrained_encoder({**checkpoint_of(small_model()), "classes": ["a", "b"]})
+
+
+# --- Clips of other frames, or of another size ------------------------------
+
+
+def test_positions_of_the_same_clips_are_the_same_and_others_are_interpolated():
+    table = Encoder(**SMALL_ENCODER, mlp_ratio=4.0).positions
+    same = Encoder(**SMALL_ENCODER, mlp_ratio=4.0, pretrained_clip=[4, 16])
+    assert torch.equal(same.positions, table)
+
+    # A table that holds where a token's middle is, as a share of each axis
+    def middles(grid):
+        axes = [(torch.arange(count) + 0.5) / count for count in grid]
+        return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], 1)
+
+    taken = arvideo.interpolate_positions(middles((4, 8, 8)), (4, 8, 8), (6, 12, 10))
+    expected = middles((6, 12, 10))
+    # Nothing lies beyond the first and the last token, so the ends have theirs
+    ends = torch.tensor([1 / 4, 1 / 8, 1 / 8]) / 2
+    expected = expected.clamp(ends, 1 - ends)
+    torch.testing.assert_close(taken, expected)
+
+
+def test_both_ways_to_other_clips_give_the_same_features():
+    """By the arguments of the encoder, and afterwards. 5 x 5 tokens are not whole clusters."""
+    checkpoint = checkpoint_of(small_model())
+    resized = arvideo.pretrained_encoder(checkpoint, frames=6, size=20)
+    other = {**SMALL_ENCODER, "frames": 6, "size": 20}
+    built = Encoder(**other, mlp_ratio=4.0, pretrained_clip=[4, 16]).eval()
+    built.load_state_dict(resized.state_dict())
+    video = torch.randn(1, 3, 6, 20, 20)
+    assert resized(video).shape == (1, 3 * 5 * 5, 32)
+    assert torch.equal(resized(video), built(video))
+
+
+def test_learned_positions_of_a_fork_are_interpolated_too():
+    class Learned(ARVideo):
+        def __init__(self, **model):
+            super().__init__(**model)
+            table = torch.randn_like(self.encoder.positions)
+            del self.encoder.positions
+            self.encoder.positions = torch.nn.Parameter(table)
+
+    checkpoint = checkpoint_of(Learned(**SMALL))
+    encoder = arvideo.pretrained_encoder(checkpoint, Learned, size=24)
+    table = checkpoint["model"]["encoder.positions"]
+    expected = arvideo.interpolate_positions(table, (2, 4, 4), (2, 6, 6))
+    assert isinstance(encoder.positions, torch.nn.Parameter)
+    assert torch.equal(encoder.positions, expected)
+
+
+def blobs(videos, frames, size, seed):
+    """Videos of a soft ball in one of the eight corners of time and space: (videos, corners)."""
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.randint(8, (videos,), generator=generator)
+    sides = torch.stack(torch.unravel_index(corner, (2, 2, 2)), 1)
+    centre = (sides + 0.25 + 0.5 * torch.rand(videos, 3, generator=generator)) / 2
+    axes = [(torch.arange(count) + 0.5) / count for count in (frames, size, size)]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))              # [3, T, H, W]
+    distance = (places - centre[:, :, None, None, None]).square().sum(1)    # [B, T, H, W]
+    colour = 2 + 2 * torch.rand(videos, 3, 1, 1, 1, generator=generator)
+    return colour * torch.exp(-distance[:, None] / 0.045), corner
+
+
+def test_a_readout_of_one_resolution_serves_others_if_positions_are_interpolated():
+    """Where is the ball? With the other grid's own table, its place cannot be read."""
+    model = dict(
+        frames=8, size=32, cube=(2, 4, 4), cluster=(2, 4, 4), width=48, depth=1, heads=2,
+        decoder_width=24, decoder_depth=1, decoder_heads=2, positions="3d")
+    torch.manual_seed(0)
+    checkpoint = {"model": ARVideo(**model).state_dict(), "config": {"model": model}}
+
+    def features(encoder, videos):
+        """Mean over tokens, with a 1 for the offset: [B, D + 1]"""
+        with torch.no_grad():
+            means = torch.cat([encoder(part).mean(1) for part in videos.split(20)])
+        return F.pad((means - centre) / scale, (0, 1), value=1.0)
+
+    # Ridge regression from 8 x 32 x 32
+    encoder = arvideo.pretrained_encoder(checkpoint)
+    videos, corners = blobs(200, 8, 32, seed=1)
+    centre, scale = 0, 1
+    raw = features(encoder, videos)[:, :-1]
+    centre, scale = raw.mean(0), raw.std(0)
+    known = features(encoder, videos)
+    square = known.T @ known + 25 * torch.eye(known.shape[1])
+    readout = torch.linalg.solve(square, known.T @ F.one_hot(corners, 8).float())
+
+    def score(encoder, frames, size):
+        videos, corners = blobs(100, frames, size, seed=2)
+        answers = (features(encoder, videos) @ readout).argmax(1)
+        return (answers == corners).float().mean().item()
+
+    assert score(encoder, 8, 32) > 0.95
+    for frames, size in ((8, 48), (12, 32)):
+        interpolated = arvideo.pretrained_encoder(checkpoint, frames=frames, size=size)
+        own_table = ARVideo(**{**model, "frames": frames, "size": size}).encoder
+        own_table.load_state_dict(encoder.state_dict())
+        assert score(interpolated, frames, size) > 0.9
+        assert score(own_table, frames, size) < 0.3
+
+
 # --- What is refused --------------------------------------------------------
 
 

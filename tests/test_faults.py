@@ -478,13 +478,14 @@ FINETUNE = [
     ("finetune.init=", "runs/toy/pretrain/last.pt: there is no such checkpoint"),
     ("toy linear finetune.init=", "runs/toy/pretrain/last.pt: there is no such checkpoint"),
     ("finetune.init={bad}/empty.pt", "empty.pt: this is not a readable checkpoint"),
-    ("finetune.init={bad}/text.pt", "text.pt: this is not a readable checkpoint"),
+    ("finetune.init={bad}/text.pt", "text.pt: this is not a readable checkpoint: it is of another"),
     ("finetune.init={bad}/cut.pt", "cut.pt: this is not a readable checkpoint"),
     ("finetune.init={bad}/code.pt", "code.pt: this is not a readable checkpoint"),
-    ("finetune.init={finished}/last.pt model.frames=4", "model.frames is 4, the checkpoint's 8"),
+    ("finetune.init={finished}/last.pt 'model.pretrained_clip=[4, 32]'",
+     "model.pretrained_clip is [4, 32], but"),
     ("finetune.init={finished}/last.pt model.width=64", "model.width is 64, the checkpoint's 32"),
     ("finetune.init={finished}/last.pt finetune.test_only=true",
-     "last.pt holds no classifier of these classes"),
+     "last.pt holds no classifier; set finetune.init"),
     ("run.output={finished}", "stage is 'finetune', was 'pretrain'"),
     # Settings and labels
     ("finetune.test_crops=0", "finetune.test_crops=0: it must be greater than 0"),
@@ -494,6 +495,8 @@ FINETUNE = [
     ("data.train={bad}/bare.txt", "has no labels"),
     ("data.val={bad}/high.txt", "has the label 9, but there are 8 classes"),
     ("data.train={bad}/fewer.txt", "fewer.txt: labels must count from 0"),
+    ("data.train={bad}/broken.txt", "broken.txt: all videos are of one class, '0'"),
+    ("data.test={bad}/high.txt", "has the label 9, but there are 8 classes"),
 ]
 # What is found in the first step
 SCRIPTS = [

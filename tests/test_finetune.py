@@ -15,12 +15,12 @@ from torchvision.transforms.v2 import CutMix, MixUp
 
 import data
 import train_finetune
-from arvideo import ARVideo, video_to_cubes
+from arvideo import ARVideo, pretrained_encoder, video_to_cubes
 from data import UserError
 from train_finetune import (
-    Classifier, Probe, Result, accuracy, begin, build_model, encoder_arguments, evaluate,
-    load_weights)
-from train_pretrain import Machine, load_config, make_optimizer
+    Classifier, Probe, Result, accuracy, adopt_settings, begin, build_model, encoder_arguments,
+    evaluate, finetuned_classifier, load_weights, read_test_list)
+from train_pretrain import Machine, given_settings, load_config, make_optimizer
 
 LETTERS = list("abcdefgh")          # names of eight classes
 
@@ -59,7 +59,7 @@ def test_classifier_is_the_bidirectional_encoder_with_a_new_norm(pretrained):
     path, source = pretrained
     config = tiny_config()
     model = build_model(config, 8).eval()
-    load_weights(model, path, config, None)
+    load_weights(model, path, None)
     video = torch.randn(2, 3, 8, 32, 32)
 
     cubes = video_to_cubes(video, source.cube)
@@ -171,7 +171,7 @@ def test_official_pretraining_loads_and_our_classifier_has_official_names(pretra
     config = tiny_config()
     model = build_model(config, 8)
     path = write_official_file(tmp_path / "official.pth", source)
-    sentence, complete = load_weights(model, path, config, None)
+    sentence, complete = load_weights(model, path, None)
     assert "28 tensors of the encoder" in sentence
     assert "left behind: decoder, encoder_to_decoder, mask_token, norm" in sentence
     assert not complete
@@ -183,7 +183,7 @@ def test_official_pretraining_loads_and_our_classifier_has_official_names(pretra
 
     # A probe keeps the final norm
     probe = build_model(tiny_config("finetune.probe=linear"), 8)
-    sentence, _ = load_weights(probe, path, config, None)
+    sentence, _ = load_weights(probe, path, None)
     assert "30 tensors" in sentence
     assert_equal(probe.encoder.state_dict(), source.encoder.state_dict())
 
@@ -196,19 +196,19 @@ def test_a_classifier_is_taken_whole_only_if_its_classes_are_the_same(tmp_path):
     # As VideoMAE's fine-tuning script writes it: without the names of the classes
     unnamed = save_weights(tmp_path / "unnamed.pt", weights)
     again = build_model(config, 8)
-    _, complete = load_weights(again, unnamed, config, None)
+    _, complete = load_weights(again, unnamed, None)
     assert complete
     assert_equal(again.state_dict(), weights)
 
     named = save_weights(tmp_path / "named.pt", weights, classes=LETTERS)
-    _, complete = load_weights(again, named, config, LETTERS)
+    _, complete = load_weights(again, named, LETTERS)
     assert complete
 
     # As many classes, but others; and fewer classes: a new head
-    _, complete = load_weights(again, named, config, list("abcdefgx"))
+    _, complete = load_weights(again, named, list("abcdefgx"))
     assert not complete
     fewer = build_model(config, 5)
-    sentence, complete = load_weights(fewer, unnamed, config, None)
+    sentence, complete = load_weights(fewer, unnamed, None)
     assert "left behind: fc_norm, head" in sentence
     assert not complete
 
@@ -220,11 +220,11 @@ def test_weights_beside_the_encoders_are_refused_in_a_classifier_alone(pretraine
     teacher = {"teacher.weight": torch.zeros(3)}
     path = save_weights(tmp_path / "classifier.pt", {**model.state_dict(), **teacher})
     with pytest.raises(UserError, match='Unexpected key.*"teacher.weight"'):
-        load_weights(model, path, config, None)
+        load_weights(model, path, None)
 
     # A fork's pretraining may hold more than ours
     path = write_official_file(tmp_path / "pretraining.pth", source, **teacher)
-    sentence, _ = load_weights(model, path, config, None)
+    sentence, _ = load_weights(model, path, None)
     assert "left behind: decoder, encoder_to_decoder, mask_token, norm, teacher" in sentence
 
 
@@ -241,16 +241,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(pretrained, tmp_path, chang
     config = tiny_config()
     path = write_official_file(tmp_path / "file.pth", source, **changes)
     with pytest.raises(UserError, match=culprit):
-        load_weights(build_model(config, 8), path, config, None)
-
-
-def test_another_size_is_refused_by_its_key(pretrained):
-    path, _ = pretrained
-    config = tiny_config("model.frames=16", "model.size=64")
-    culprit = ("model.frames is 16, the checkpoint's 8; "
-               "model.size is 64, the checkpoint's 32")
-    with pytest.raises(UserError, match=culprit):
-        load_weights(build_model(config, 8), path, config, None)
+        load_weights(build_model(config, 8), path, None)
 
 
 # --- How a run begins -------------------------------------------------------
@@ -318,6 +309,96 @@ def test_a_run_begins_in_the_first_of_four_ways_that_applies(pretrained, tmp_pat
         if not name.startswith("norm."):
             assert_equal(weights[name], tensor)
     assert_equal(weights["head.weight"], random["head.weight"])
+
+
+def save_settings(path, config, **about):
+    """A checkpoint without weights that matter, made with these settings."""
+    torch.save(dict(model={"head.weight": torch.zeros(8, 32)}, config=config, **about), path)
+    return path
+
+
+def test_the_pretrained_clip_comes_from_the_checkpoint(pretrained, tmp_path):
+    init, source = pretrained
+    output = f"run.output={tmp_path}"
+
+    def adopted(path, *arguments):
+        """(model.pretrained_clip, what is printed) of a run that begins from `path`."""
+        config = tiny_config(f"finetune.init={path}", output, *arguments)
+        _, lines = adopt_settings(config, given=set())
+        return config["model"]["pretrained_clip"], lines
+
+    # Ours know it, and those fine-tuned at another size remember it
+    assert adopted(init, "model.size=48") == ([8, 32], [])
+    tuned = tiny_config("model.size=48", "model.pretrained_clip=[8,32]")
+    tuned = save_settings(tmp_path / "tuned.pt", tuned)
+    assert adopted(tuned, "model.frames=12") == ([8, 32], [])
+    with pytest.raises(UserError, match=r"pretrained_clip is \[8, 48\], but .* with \[8, 32\]"):
+        adopted(tuned, "model.pretrained_clip=[8,48]")
+
+    # VideoMAE's do not
+    official = write_official_file(tmp_path / "official.pth", source)
+    clip, (line,) = adopted(official)
+    assert clip == [16, 224]
+    assert "official.pth was pretrained on clips of 16 frames, 224 x 224, as VideoMAE's" in line
+    assert adopted(official, "model.pretrained_clip=[8,32]") == ([8, 32], [])
+
+    # A run that resumes asks its own checkpoint alone; one from scratch has none
+    assert adopted("scratch") == ([0, 0], [])
+    save_settings(tmp_path / "last.pt", tiny_config("model.pretrained_clip=[4,16]"))
+    assert adopted("gone.pt") == ([4, 16], [])
+
+
+def test_a_test_takes_its_settings_from_the_checkpoint_but_for_those_given(tmp_path):
+    trained = tiny_config("data.stride=3", "finetune.sampling=segments", "model.size=48")
+    path = save_settings(tmp_path / "tuned.pt", trained, classes=LETTERS)
+    words = [f"finetune.init={path}", "finetune.test_only=true", "model.frames=12"]
+    config = tiny_config(*words)
+    classes, (line,) = adopt_settings(config, given_settings(words))
+    assert classes == LETTERS
+    assert line.endswith(
+        f"finetune.sampling=segments, data.stride=3, model.size=48, from {path}")
+    assert config["finetune"]["sampling"] == "segments"
+    assert config["data"]["stride"] == 3
+    assert config["model"]["size"] == 48
+    assert config["model"]["frames"] == 12
+    assert config["model"]["pretrained_clip"] == [8, 48]
+
+
+def test_labels_of_a_test_are_numbered_by_the_checkpoints_classes(toy, tmp_path):
+    settings = {"root": str(toy), "train": "", "val": str(tmp_path / "val.txt"), "test": ""}
+    listed = tmp_path / "val.txt"
+    listed.write_text("val/00000.mp4 0\nval/00001.mp4 7\n")
+    names = tmp_path / "classes.txt"
+
+    def labels():
+        return [entry.label for entry in read_test_list(settings, LETTERS).test]
+
+    # Numbers alone, and the same names, agree with the checkpoint's
+    assert labels() == [0, 7]
+    names.write_text("\n".join(LETTERS))
+    assert labels() == [0, 7]
+    names.write_text("\n".join("abxdefgh"))
+    with pytest.raises(UserError, match="names other classes .*: class 2 is x, not c"):
+        labels()
+    names.write_text("\n".join("abcdefg"))
+    with pytest.raises(UserError, match="class 7 is missing, not h"):
+        labels()
+
+    # A folder of class folders
+    for name in "ch":
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        shutil.copy(toy / "val" / "00000.mp4", tmp_path / "videos" / name)
+    settings["val"] = str(tmp_path / "videos")
+    assert labels() == [2, 7]
+    (tmp_path / "videos" / "h").rename(tmp_path / "videos" / "hop")
+    with pytest.raises(UserError, match="class 'hop' is not among the 8 known ones, a, b, c"):
+        labels()
+
+    # data.test comes before data.val, and needs no labels
+    settings["test"] = str(toy / "val")
+    lists = read_test_list(settings, LETTERS)
+    assert len(lists.test) == 13
+    assert lists.test[0].label is None
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path, monkeypatch):
@@ -480,7 +561,7 @@ class Looks(torch.nn.Module):
 ])
 def test_probabilities_of_views_are_averaged(lists, max_batch, workers):
     config = tiny_config(*lists, f"run.workers={workers}", f"run.max_batch={max_batch}")
-    _, entries, _ = data.read_lists(config["data"])
+    _, entries = data.read_lists(config["data"])
     machine = Machine(config["run"])
     if workers:
         machine.worker_context = "forkserver"
@@ -501,6 +582,38 @@ def test_probabilities_of_views_are_averaged(lists, max_batch, workers):
         expected = Looks()(data.normalise(views, "cpu")).softmax(1).mean(0)
         torch.testing.assert_close(probabilities, expected)
         assert unreadable is None
+
+
+class Crowd(Looks):
+    """Three logits that depend on all views of the batch."""
+
+    def forward(self, video):
+        return super().forward(video) * video.std()
+
+
+def test_a_video_is_tested_beside_the_same_others_by_any_number_of_processes(lists):
+    """Sums in another order would change the last digits of its probabilities."""
+    config = tiny_config(*lists, "run.workers=0", "run.max_batch=3")
+    _, entries = data.read_lists(config["data"])
+
+    def probabilities(world_size):
+        """{entry number: probabilities} of all processes, one after another."""
+        found = {}
+        for rank in range(world_size):
+            machine = Machine(config["run"])
+            machine.rank = rank
+            machine.world_size = world_size
+            machine.gather = lambda own: [{i: own.get(i) for i in range(len(entries))}]
+            results = evaluate(Crowd(), entries, config, machine, clips=1, crops=1)
+            for i, result in enumerate(results):
+                if result is not None:
+                    assert i not in found
+                    found[i] = result.probabilities
+        return [found[i] for i in range(len(entries))]
+
+    alone = probabilities(1)
+    assert_equal(probabilities(2), alone)
+    assert_equal(probabilities(7), alone)           # there are five batches
 
 
 def test_unreadable_videos_count_as_wrong():
@@ -567,7 +680,7 @@ def test_finetuning_writes_results(reference):
 def test_every_video_is_tested_once_by_any_number_of_processes(reference, tmp_path, processes):
     output, arguments, _, _ = reference
     finetune(tmp_path / "test", *arguments, f"finetune.init={output / 'last.pt'}",
-             "finetune.test_only=true", processes=processes)
+             "finetune.test_only=true", "run.max_batch=4", processes=processes)
     results, rows = read_results(tmp_path / "test")
     results_alone, rows_alone = read_results(output)
     assert results["top1"] == results_alone["top1"]
@@ -602,3 +715,64 @@ def test_resumed_finetuning_equals_uninterrupted(reference, tmp_path):
     assert_equal(best["model"], reference_best["model"])
     assert best["top1"] == reference_best["top1"]
     assert read_results(output)[1] == read_results(reference_output)[1]
+
+
+@pytest.mark.slow
+def test_finetuning_at_another_size_resumes_without_its_init_and_tests(
+        lists, pretrained, tmp_path):
+    """The test runs on another list than validation, and alone it finds its own settings."""
+    init = tmp_path / "init.pt"
+    shutil.copy(pretrained[0], init)
+    output = tmp_path / "run"
+    train = lists[0].replace("data.train", "data.test")
+    arguments = [*lists, train, f"finetune.init={init}"]
+    size = "model.size=48"
+    script = Script("train_finetune.py", *arguments, size, "run.save_minutes=0", output=output)
+    script.wait_for_steps(2)
+    script.kill()
+    init.unlink()
+    checkpoint, printed, _ = finetune(output, *arguments, size)
+    assert ("24 videos to train, 13 videos to validate, 24 videos to test, 8 classes"
+            in printed)
+    assert "positions  interpolated from those of clips of 8 frames, 32 x 32" in printed
+    assert "from step 0 on" not in printed
+    assert checkpoint["step"] == 6
+    assert checkpoint["config"]["model"]["pretrained_clip"] == [8, 32]
+    results, rows = read_results(output)
+    assert results["videos"] == 24
+
+    # The test alone, with the settings and the table of the checkpoint
+    _, printed, _ = finetune(tmp_path / "test", train, "data.train=", "data.val=",
+                             "finetune.test_only=true", f"finetune.init={output / 'last.pt'}")
+    assert "model.frames=8, model.size=48, from" in printed
+    assert read_results(tmp_path / "test")[1] == rows
+    model, _ = finetuned_classifier(checkpoint)
+    source = torch.load(pretrained[0], weights_only=True)
+    assert_equal(model.positions, pretrained_encoder(source, size=48).positions)
+
+    # At other clips than those of its fine-tuning
+    finetune(tmp_path / "long", *arguments, "finetune.test_only=true", "model.frames=12",
+             f"finetune.init={output / 'last.pt'}")
+    assert read_results(tmp_path / "long")[1] != rows
+
+
+@pytest.mark.slow
+def test_unlabelled_videos_get_the_same_names_from_any_number_of_processes(
+        lists, reference, tmp_path):
+    """A folder of 13 videos, of which number 4 is unreadable, in batches of two."""
+    output, *_ = reference
+    folder = lists[1].removeprefix("data.val=").replace("val.txt", "val")
+    arguments = ["data.root=gone", "data.train=", f"data.val={folder}", "run.max_batch=4",
+                 f"finetune.init={output / 'last.pt'}", "finetune.test_only=true"]
+    _, printed, _ = finetune(tmp_path / "one", *arguments)
+    assert "13 videos, 1 of them unreadable; they have no labels, so there is nothing to" in printed
+    results, rows = read_results(tmp_path / "one")
+    assert results["scored"] == "nothing: the videos have no labels"
+    assert "top1" not in results
+    for row, labelled in zip(rows[1:], read_results(output)[1][1:], strict=True):
+        assert row[:2] == [labelled[0], ""]
+        assert row[2:3] == labelled[2:3]
+
+    finetune(tmp_path / "two", *arguments, processes=2)
+    for name in ("predictions.csv", "results.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
