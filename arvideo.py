@@ -8,12 +8,12 @@ another (3.3.1). Every sample draws an order of its clusters, by default at
 random (3.3.2). A cluster's *place* is its position in this order, counted from
 1. "Earlier" always means earlier in this order, not earlier in time.
 
-    Encoder   takes a random fifth of the tokens of every cluster but the last, which
-              no later cluster would use: the visible tokens (4.1). A token attends to
+    Encoder   takes the visible tokens, a random fifth of each cluster (4.1). The last
+              cluster is left out, since no later one would use it. A token attends to
               its own cluster and to earlier ones (3.3.3).
-    Decoder   predicts, from the encoder's output for earlier clusters, all tokens,
-              visible or not, of every cluster but the first, which nothing precedes
-              (3.3.3).
+    Decoder   predicts all tokens of a cluster, visible or not, from the encoder's
+              output for earlier clusters (3.3.3). The first cluster is not
+              predicted, since nothing precedes it.
     Loss      mean squared error of the pixels. Each cube is normalised by its
               own mean and deviation, colour by colour (4.1).
 
@@ -23,15 +23,17 @@ Two attention masks let one pass predict all these clusters.
     loss = model(video, *model.draw(len(video)))    # video [B, 3, 16, 224, 224]
 
 Symbols in the shapes. The values are those of the default model and the paper,
-except Q: the paper's Table 5 has 1372, which predict_after=2 gives.
+except Q: the paper's Table 5 has 1372, which predict_after=2 gives. That is how many
+places at the start of the order are not predicted, 1 by default.
     B   videos in the batch
     N   tokens of a video                 1568 = 8 x 14 x 14
     P   pixels of a cube                   512 = 2 x 16 x 16, of C = 3 colours
     M   clusters of a video                 16 = 4 x 2 x 2
     K   tokens of a cluster                 98 = 2 x 7 x 7
     V   visible tokens of a cluster         20, a fifth of K
+    R   predicted tokens of a cluster       98, all K unless predict_ratio is below 1
     S   tokens that enter the encoder      300 = (M - 1) V
-    Q   queries: tokens to predict        1470 = (M - predict_after) K
+    Q   queries: tokens to predict        1470 = (M - predict_after) R
     D   width of the encoder               768
     d   width of the decoder               512
 
@@ -132,26 +134,27 @@ def prediction_orders(kind, cluster_grid, batch, generator=None, device=None):
     return clusters.flatten().expand(batch, -1)
 
 
-def count_visible(cluster_size, mask_ratio):
-    """How many of a cluster's tokens stay visible if `mask_ratio` of them hide.
+def count_share(cluster_size, share):
+    """How many tokens a share of a cluster's tokens is.
 
     The paper's 19.6 of 98 become 20: rounded half up, and never less than one.
     """
-    return max(1, math.floor(cluster_size - mask_ratio * cluster_size + 0.5))
+    exact = round(share * cluster_size, 6)          # 1.5 and not 1.4999999999999998
+    return max(1, math.floor(exact + 0.5))
 
 
-def visible_tokens(clusters, count, batch, generator=None):
-    """[B, M, V]: the token indices that stay visible, V = `count` per cluster.
+def draw_tokens(clusters, count, batch, generator=None):
+    """[B, M, count]: the indices of so many tokens of each cluster.
 
     They are drawn anew for every sample and every cluster of `clusters` [M, K].
     """
     device = clusters.device
     noise = torch.rand(batch, *clusters.shape, generator=generator, device=device)
-    chosen = noise.argsort(dim=2)[..., :count]      # [B, M, V], each 0 .. K-1
+    chosen = noise.argsort(dim=2)[..., :count]      # [B, M, count], each 0 .. K-1
     return clusters.expand(batch, -1, -1).gather(2, chosen)
 
 
-def attention_masks(M, K, V, predict_after=1):
+def attention_masks(M, R, V, predict_after=1):
     """Who may attend to whom once tokens are lined up by place. True = may attend.
 
     encoder_mask [S, S]: a visible token sees its own place and earlier ones.
@@ -160,7 +163,7 @@ def attention_masks(M, K, V, predict_after=1):
     """
     place = torch.arange(1, M + 1)
     seen_place = place[:-1].repeat_interleave(V)            # [S]: 1 1 .. 2 2 .. M-1
-    queried_place = place[predict_after:].repeat_interleave(K)  # [Q]: 2 2 .. 3 3 .. M
+    queried_place = place[predict_after:].repeat_interleave(R)  # [Q]: 2 2 .. 3 3 .. M
     encoder_mask = seen_place[:, None] >= seen_place        # [S, S]
     decoder_mask = queried_place[:, None] > seen_place      # [Q, S]
     return encoder_mask, decoder_mask
@@ -227,12 +230,14 @@ class CubeEmbedding(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        # Its weights have the name and shape of VideoMAE's, which convolves whole videos
+        # It only holds the weights, under the name and in the shape of VideoMAE's, which
+        # convolves whole videos
         self.proj = nn.Conv3d(3, width, kernel_size=cube, stride=cube)
 
     def forward(self, cubes):
         """[B, n, 3, P] -> [B, n, D]"""
-        # A matrix product embeds only the cubes that it is given
+        # A matrix product embeds only the cubes that it is given. The flattened kernel has a
+        # cube's numbers in the same order: colour, time, height, width.
         weight = self.proj.weight.flatten(1)        # [D, 3 P]
         return F.linear(cubes.flatten(2), weight, self.proj.bias)
 
@@ -335,7 +340,8 @@ class Encoder(nn.Module):
     `pretrained_clip` is the frames and the size of the clips of its pretraining, if
     they are others: positions are then interpolated. (0, 0) means the same.
     `checkpointing` computes activations again in the backward pass, which saves
-    memory. Raises ValueError if cubes do not fill the video or heads the width.
+    memory. Raises ValueError if cubes do not fill the video or heads do not divide the
+    width.
     """
 
     def __init__(self, *, frames, size, cube, width, depth, heads, mlp_ratio,
@@ -373,8 +379,8 @@ class Encoder(nn.Module):
         attends to all others, as in transfer.
         """
         positions = self.positions if index is None else self.positions[index]
-        # The table is fp32, also under autocast, and so is what the blocks add to: sums over
-        # many layers would lose small terms in bf16. It costs 24 MiB for a clip of ViT-B.
+        # This fp32 table makes the residual stream fp32, also under autocast. In bf16 a sum over
+        # many layers would lose small terms.
         x = self.patch_embed(cubes) + positions
         for block in self.blocks:
             if self.checkpointing:
@@ -391,13 +397,14 @@ class Encoder(nn.Module):
 class DecoderBlock(nn.Module):
     """Cross-attention and MLP, each after a norm, added to its input.
 
-    With `cluster_size` (Table 9), the queries of one cluster first attend to one another.
+    With `group_size` (Table 9), each group of so many queries, those of one cluster, first
+    attend to one another.
     """
 
-    def __init__(self, width, heads, mlp_ratio, cluster_size=None):
+    def __init__(self, width, heads, mlp_ratio, group_size=None):
         super().__init__()
-        self.cluster_size = cluster_size
-        if cluster_size:
+        self.group_size = group_size
+        if group_size:
             self.norm0 = LayerNorm(width)
             self.self_attn = SelfAttention(width, heads)
         self.norm1 = LayerNorm(width)
@@ -407,9 +414,9 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, memory, mask=None):
         """x [B, Q, d], memory [B, S, d], mask [Q, S] -> [B, Q, d]"""
-        if self.cluster_size:
-            # Queries stand cluster by cluster: [B, Q, d] -> [B Q/K, K, d]
-            grouped = self.norm0(x).reshape(-1, self.cluster_size, x.shape[2])
+        if self.group_size:
+            # Queries stand cluster by cluster: [B, Q, d] -> [B Q/R, R, d]
+            grouped = self.norm0(x).reshape(-1, self.group_size, x.shape[2])
             x = x + self.self_attn(grouped).reshape(x.shape)
         x = x + self.cross_attn(self.norm1(x), memory, mask)
         return x + self.mlp(self.norm2(x))
@@ -419,19 +426,19 @@ class Decoder(nn.Module):
     """Predicts tokens by cross-attention to the encoder's output.
 
     `grid` is the encoder's; `outputs` is how many numbers are predicted for a token.
-    `cluster_size` is None or, with self-attention, the number of tokens of a cluster.
+    `group_size` is None or, with self-attention, the number of queries of a cluster.
     """
 
     def __init__(self, *, grid, width, depth, heads, mlp_ratio, outputs,
-                 positions="1d", cluster_size=None, checkpointing=False):
+                 positions="1d", group_size=None, checkpointing=False):
         super().__init__()
-        self.cluster_size = cluster_size
+        self.group_size = group_size
         self.checkpointing = checkpointing
         table = position_table(grid, width, positions)                  # [N, d]
         self.register_buffer("positions", table, persistent=False)
         # One learned vector for all queries; its position tells a query which token it is
         self.query = nn.Parameter(torch.empty(width).normal_(std=0.02))
-        blocks = [DecoderBlock(width, heads, mlp_ratio, cluster_size)
+        blocks = [DecoderBlock(width, heads, mlp_ratio, group_size)
                   for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = LayerNorm(width)
@@ -445,9 +452,9 @@ class Decoder(nn.Module):
         mask [Q, S] has True where attention is allowed.
         Raises ValueError if, with self-attention, these tokens are not whole clusters.
         """
-        if self.cluster_size and index.shape[1] % self.cluster_size:
+        if self.group_size and index.shape[1] % self.group_size:
             raise ValueError(f"{index.shape[1]} queries are not whole clusters of "
-                             f"{self.cluster_size}, which decoder_self_attention needs")
+                             f"{self.group_size}, which decoder_self_attention needs")
         x = self.query + self.positions[index]                          # [B, Q, d]
         for block in self.blocks:
             if self.checkpointing:
@@ -503,11 +510,11 @@ class ARVideo(nn.Module):
         self.cube = self.encoder.cube
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
         initialise(self.encoder_to_decoder)
-        predicted_count = count_visible(math.prod(cluster), 1 - predict_ratio)
+        predicted_count = count_share(math.prod(cluster), predict_ratio)
         self.decoder = Decoder(
             grid=self.grid, width=decoder_width, depth=decoder_depth,
             heads=decoder_heads, mlp_ratio=mlp_ratio, outputs=3 * math.prod(cube),
-            cluster_size=predicted_count if decoder_self_attention else None,
+            group_size=predicted_count if decoder_self_attention else None,
             positions=positions, checkpointing=checkpointing)
         self.set_clusters(cluster, mask_ratio, predict_after, predict_ratio)
 
@@ -527,8 +534,8 @@ class ARVideo(nn.Module):
                 f"predict_after {predict_after} is out of range: it counts the first places, "
                 f"which are not predicted, at least 1 and fewer than all {M}")
         self.predict_after = predict_after
-        self.visible_count = count_visible(K, mask_ratio)               # V
-        self.predicted_count = count_visible(K, 1 - predict_ratio)      # K by default
+        self.visible_count = count_share(K, 1 - mask_ratio)             # V
+        self.predicted_count = count_share(K, predict_ratio)            # R
 
         # Tokens are lined up by place, so these two masks serve every order
         encoder_mask, decoder_mask = attention_masks(
@@ -548,10 +555,10 @@ class ARVideo(nn.Module):
         device = self.clusters.device
         order = prediction_orders(
             self.order_kind, self.cluster_grid, batch, generator, device)
-        visible = visible_tokens(self.clusters, self.visible_count, batch, generator)
+        visible = draw_tokens(self.clusters, self.visible_count, batch, generator)
         if self.predicted_count == self.clusters.shape[1]:
             return order, visible
-        predicted = visible_tokens(self.clusters, self.predicted_count, batch, generator)
+        predicted = draw_tokens(self.clusters, self.predicted_count, batch, generator)
         return order, visible, predicted
 
     def line_up(self, order, visible, predicted=None):

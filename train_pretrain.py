@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from argparse import Namespace
 from functools import partial
@@ -53,7 +54,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Settings that are "auto", for a value that suits the machine, or else of the kind of these
+# Settings that may be "auto", which means what suits the machine. Any other value must be of the
+# type of these examples.
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -103,7 +105,7 @@ def as_kind_of(default, value, name):
     """`value`, of the type of `default`. UserError if it is of another type.
 
     Where a float is wanted, an int is taken, and text such as 1e-3, which YAML reads as text.
-    A list must be as long as its default; where that is empty, any list is taken.
+    A list must be as long as its default. Where a fork's default is empty, any list is taken.
     """
     kind = type(default)
     if kind is float and type(value) in (int, str):
@@ -164,8 +166,8 @@ def fill_in_names(config, presets, stage, init_is_given):
     names = [name for name, _ in presets]
     run["output"] = run["output"] or f"runs/{'-'.join(names)}/{stage}"
 
-    # A preset that holds only section finetune shares the pretraining of the others: that of
-    # `toy linear` is toy's
+    # Presets with a section finetune alone have no part in the name of the pretraining:
+    # `toy linear` begins from runs/toy/pretrain
     pretrained = [name for name, sections in presets if set(sections) != {"finetune"}]
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
@@ -207,8 +209,10 @@ def load_config(arguments, stage):
         section, dot, key = name.partition(".")
         if not dot:
             raise UserError(f"'{argument}' is not of the form section.key=value")
-        if name in AUTO or not isinstance(config.get(section, {}).get(key), str):
-            with contextlib.suppress(yaml.YAMLError):   # else it stays text, which is refused
+        # A text is taken as it stands, everything else is read as YAML
+        is_text = isinstance(config.get(section, {}).get(key), str) and name not in AUTO
+        if not is_text:
+            with contextlib.suppress(yaml.YAMLError):   # what is no YAML is refused below
                 value = yaml.safe_load(value)
         set_value(config, section, key, value)
 
@@ -238,7 +242,7 @@ def run_command(stage, train):
             if dist.is_initialized():
                 dist.destroy_process_group()
     except UserError as error:
-        sys.exit(str(error) or 1)           # empty in all processes but one: see Machine.stop
+        sys.exit(str(error) or 1)           # Machine.stop leaves it to the first process
 
 
 # --- The machine ------------------------------------------------------------
@@ -266,9 +270,9 @@ def choose_device(name):
 def join_processes(device):
     """Join the other processes that torchrun has started."""
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # After a restart, torchrun's store still holds the addresses of the attempt before. So
-    # each attempt has a prefix of its own. On several machines the counts of restarts may
-    # differ, and prefixes would keep processes from finding each other: there it is left out.
+    # On one machine every attempt of torchrun has its own prefix in the store, which still holds
+    # the addresses of the attempt before. On several machines the counts of attempts may differ,
+    # and prefixes would keep processes from finding each other.
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
@@ -329,7 +333,7 @@ class Machine:
         return model
 
     def send(self, tensor):
-        """The tensor on this device. A GPU does not wait for the copy."""
+        """The tensor on this device. This process does not wait for the copy to a GPU."""
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def update(self, optimizer):
@@ -365,7 +369,7 @@ class Machine:
         return values
 
     def from_first(self, function, *arguments):
-        """What function(*arguments) returns in the first process, in every process."""
+        """Call function(*arguments) in the first process alone. Returns its result in all."""
         result = None
         if self.is_first:
             try:
@@ -385,7 +389,7 @@ class Machine:
 
 
 class Plan(NamedTuple):
-    """What follows from the settings before the first step. Batches count videos."""
+    """Batch sizes and schedule, computed once. A batch counts videos, not clips."""
     batch: int                  # of a step, over all processes
     repeats: int                # clips of each video
     micro_batch: int            # what a process takes at once
@@ -423,7 +427,7 @@ def make_plan(config, stage, video_count, world_size):
 
 
 def micro_batch_rows(plan, rank, world_size):
-    """Which rows of the global batch each micro-batch of a process holds: a list of tensors [b].
+    """Which rows of the global batch each micro-batch of a process holds: tensors [b].
 
     A row is a clip, and the clips of a video follow each other. Process `rank` takes
     every world_size-th video. For example, with 4 videos of 2 clips and 2 processes,
@@ -451,7 +455,10 @@ def set_learning_rate(optimizer, step, plan):
 
 
 def clip_gradients(machine, model, optimizer, limit):
-    """Scale the gradient down to the norm `limit` (0: no limit). Returns its norm before, []."""
+    """Scale the gradient down to the norm `limit` (0: no limit).
+
+    Returns the norm before, a tensor of one number.
+    """
     machine.scaler.unscale_(optimizer)
     return nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
 
@@ -585,8 +592,8 @@ class Log:
 
 # --- Training ---------------------------------------------------------------
 
-# Settings of the sections data, model and the stage's own that may differ when a run
-# resumes. Of section run, only the seed must be the same.
+# Keys of the sections data, model and pretrain or finetune that may differ when a run resumes.
+# Of section run, only the seed must be the same.
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
@@ -747,8 +754,8 @@ class Training:
 def note_signals():
     """A list that is empty until SIGTERM or SIGINT comes, so that a run can save first.
 
-    After the first signal, SIGINT (Ctrl-C) kills at once. Further SIGTERMs are only noted: a
-    signal may reach this process and torchrun too, which then sends a SIGTERM as well.
+    After the first signal, SIGINT (Ctrl-C) kills at once. A further SIGTERM must not: torchrun
+    sends one of its own when it gets the same signal.
     """
     received = []
 
@@ -765,12 +772,16 @@ def note_signals():
 
 
 def wrap_model(model, machine):
-    """The model; with several processes it shares its gradients with theirs in backward."""
+    """The model, or with several processes one whose backward averages gradients over them."""
     if machine.world_size == 1:
         return model
-    # Gradients live in the buffers that are sent, without a second copy. Our buffers, masks and
-    # tables of positions, are constant and the same everywhere, so they are never sent.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # From torch 2.14 on, broadcast_buffers has another name, which 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            model,
+            gradient_as_bucket_view=True,   # no second copy of the gradients
+            broadcast_buffers=False)        # masks and tables of positions are constant
 
 
 def read_batches(videos, training):
@@ -796,7 +807,8 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
         asked = time.perf_counter()
         batch = next(batches)
-        # While the GPU is busy, waiting for data costs nothing. query() is true when it is idle.
+        # If the GPU still has work after the wait, the wait cost nothing. query() is true when
+        # it has none.
         if machine.device.type != "cuda" or torch.cuda.current_stream().query():
             waited += time.perf_counter() - asked
         reasons += batch.unreadable
@@ -824,8 +836,8 @@ def call_if_defined(model, method, *arguments):
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
     """Train `model` on `videos` as section `stage` of the settings says, from the last checkpoint.
 
-    loss_of(forward, batch, step, rows) is the loss of a micro-batch, a data.Batch that holds
-    these rows of the global batch; `forward` is the model, wrapped for several processes.
+    loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is the model as
+    wrap_model gives it, `batch` a data.Batch, `rows` [b] say which of the global batch it holds.
     end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
     The scores that it returns go into the log, which is None except in the first process.
     A run resumes only if `must_match` is the same. Returns False if it was finished before.
@@ -872,7 +884,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             if step_of_epoch == 0:
                 scores = end_epoch(epoch, is_last, training.log)
                 training.log_scores(scores)
-                stopping, = machine.sum(len(signals))           # a validation takes its time
+                stopping, = machine.sum(len(signals))       # one may have come meanwhile
 
             # Save; stop if asked to
             if stopping or scores or is_last or training.save_is_due():
@@ -975,7 +987,7 @@ def pretrain(config):
         if keep_epochs and epoch > 0 and epoch % keep_epochs == 0:
             content = dict(model=model.state_dict(), config=config, epoch=epoch)
             save_checkpoint(output / f"epoch_{epoch:04d}.pt", content)
-        # The one before the first step shows at once whether a fork's model can draw it
+        # There is one of epoch 0 too, so that a fork whose reconstruct fails finds out at once
         if picture_epochs and (is_last or epoch % picture_epochs == 0):
             picture_predictions(epoch, log)
 

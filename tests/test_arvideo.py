@@ -59,8 +59,8 @@ def test_counts_of_the_paper(paper):
 
 def test_visible_tokens_are_a_random_fifth_of_every_cluster():
     clusters = arvideo.cluster_tokens((8, 14, 14), (2, 7, 7))
-    count = arvideo.count_visible(98, 0.8)
-    visible = arvideo.visible_tokens(clusters, count, 3)
+    count = arvideo.count_share(98, 1 - 0.8)
+    visible = arvideo.draw_tokens(clusters, count, 3)
     assert visible.shape == (3, 16, 20)
     choices = set()
     for b, c in product(range(3), range(16)):
@@ -82,7 +82,7 @@ def test_visible_tokens_are_a_random_fifth_of_every_cluster():
     (4, 0.0, 4),
 ])
 def test_visible_tokens_are_rounded_half_up_to_one_or_more(tokens, ratio, count):
-    assert arvideo.count_visible(tokens, ratio) == count
+    assert arvideo.count_share(tokens, 1 - ratio) == count
 
 
 def test_clusters_are_blocks_of_neighbouring_tokens():
