@@ -1,4 +1,4 @@
-"""Speed is measured against VideoMAE itself, all benchmarks run, and the figures are right."""
+"""The baseline is VideoMAE, benchmarks and GPU checks run, memory and figures are right."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import figures
 import pytest
 import torch
 from benchmark import VideoMAE, contenders, forward_flops, materialised
-from conftest import ROOT, SERVER, USUAL_METHOD, run_main
+from conftest import ROOT, SERVER, TINY, USUAL_METHOD, run_main
 
 import arvideo
 from train_pretrain import load_config
@@ -69,6 +69,41 @@ def test_attention_written_out_is_attention(masked):
     torch.testing.assert_close(materialised(q, k, v, 3, mask), expected)
 
 
+# --- Estimated memory -------------------------------------------------------
+
+
+def test_saved_tensors_are_counted_once_and_without_weights():
+    x = torch.randn(2, 4, requires_grad=True)
+    layer = torch.nn.Linear(4, 3)
+
+    def forward():
+        # Both layers need x [2, 4], GELU its input [2, 3], in four bytes each
+        return layer(x).sum() + torch.nn.functional.gelu(layer(x)).sum()
+
+    assert benchmark.count_saved(layer, forward) == [32 + 24]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_estimate_is_what_autograd_really_saves(stage, checkpointing):
+    """Byte for byte: CUDA tensors without content, and tensors on the CPU that have some."""
+    config = load_config([*TINY, f"model.checkpointing={checkpointing}"], "pretrain")
+    estimated, once = benchmark.saved_on_gpu(config, stage)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one = benchmark.saved_by_training(config, stage, 1)
+        two = benchmark.saved_by_training(config, stage, 2)
+    assert estimated == [more - less for less, more in zip(one, two)]
+    assert once == pytest.approx(one[-1] - estimated[-1], rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_estimate_for_the_paper():
+    """ViT-B: pretraining saves 214 MiB a clip, 46 with checkpointing; fine-tuning 502 and 60."""
+    _, rows = benchmark.benchmark_estimate(None, load_config(["k400"], "pretrain"), "cpu")
+    assert [row["saved MiB a clip"] for row in rows] == ["214", "46", "502", "60"]
+    assert rows[0]["GiB at batch 128"] == "28.4"
+
+
 # --- The benchmarks ---------------------------------------------------------
 
 
@@ -93,7 +128,7 @@ def test_an_unknown_setting_is_refused(monkeypatch):
         benchmark.main()
 
 
-COMMANDS = ["memory toy --batch 1", "loader toy --batch 2 --rounds 1",
+COMMANDS = ["memory toy --batch 1", "estimate toy", "loader toy --batch 2 --rounds 1",
             "step toy --batch 2 --rounds 1", "decode video.mp4 --rounds 1"]
 REAL_COMMAND = "finetune toy --batch 2 --rounds 1"      # by python; the others by a fork
 
