@@ -687,7 +687,7 @@ def check_memory(setup):
 
 def kinetics_like_list(setup, count):
     """A list of `count` lines that name two files of Kinetics' size, 340 x 256."""
-    frames = 250 if setup.is_cuda else 40
+    frames = 250 if setup.is_cuda else 20
     paths = [setup.folder / f"kinetics-{i}.mp4" for i in range(2)]
     for path in paths:
         benchmark.synthetic_video(path, frames, 256, 340, rate=25, key_frames=frames)
@@ -901,14 +901,15 @@ def run_alone(name, device, folder):
     process = multiprocessing.get_context("fork").Process(
         target=run_check, args=(name, Setup(device, folder, []), there))
     process.start()
-    wait([here, process.sentinel], timeout=LIMIT)
+    ready = wait([here, process.sentinel], timeout=LIMIT)
     if here.poll():
         answer = here.recv()
         process.join(10)            # NCCL and CUDA say goodbye
-    elif process.is_alive():
-        answer = "failed", f"no answer within {LIMIT} s", []
-    else:
+    elif ready:
+        process.join()
         answer = "failed", f"the process ended with {process.exitcode}", []
+    else:
+        answer = "failed", f"no answer within {LIMIT} s", []
     try:
         os.killpg(process.pid, signal.SIGKILL)          # and what it has started
     except ProcessLookupError:

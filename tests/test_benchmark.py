@@ -1,12 +1,15 @@
 """The baseline is VideoMAE, benchmarks and GPU checks run, memory and figures are right."""
 
+import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import benchmark
 import figures
+import gpu
 import pytest
 import torch
 from benchmark import VideoMAE, contenders, forward_flops, materialised
@@ -173,6 +176,45 @@ def test_every_benchmark_runs(command, started):
 def test_a_benchmark_runs_as_a_real_command(started):
     process, prefix = started[REAL_COMMAND]
     check_printed(prefix, process.wait(300))
+
+
+# --- The checks for a GPU ---------------------------------------------------
+
+
+def fails(setup):
+    gpu.require_close("one", 1.0, 2.0, tolerance=0.1)
+
+
+def dies(setup):
+    os._exit(3)
+
+
+def hangs(setup):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("check, message", [
+    (fails, "CheckFailed: one is 1 in place of 2, off by 0.5, more than 0.1"),
+    (dies, "the process ended with 3"), (hangs, "no answer within 1 s")])
+def test_a_check_fails_alone(check, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "CHECKS", {"check": check})
+    monkeypatch.setattr(gpu, "LIMIT", 1)
+    result, measured, _ = gpu.run_alone("check", "cpu", tmp_path)
+    assert (result, measured) == ("failed", message)
+
+
+def test_a_number_that_is_none_is_not_close():
+    with pytest.raises(gpu.CheckFailed):
+        gpu.require_close("a loss", float("nan"), 1.0, tolerance=1.0)
+
+
+@pytest.mark.slow
+def test_the_checks_for_a_gpu_pass_on_a_cpu(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tests" / "gpu.py", "--device", "cpu"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in gpu.CHECKS:
+        assert f"| {name} | passed |" in done.stdout
 
 
 # --- The figures ------------------------------------------------------------
