@@ -5,6 +5,8 @@ Speed and memory, as ratios between alternatives that are measured in turns in o
         a pretraining step of ARVideo and of VideoMAE (Table 5)
     python tests/benchmark.py memory [PRESET] [section.key=value ...]
         memory of the same, over batch sizes, until none fits
+    python tests/benchmark.py estimate [PRESET] [section.key=value ...]
+        memory that training takes on a GPU, computed without one
     python tests/benchmark.py finetune [PRESET] [section.key=value ...]
         a fine-tuning step with and without fused attention
     python tests/benchmark.py decode [VIDEO ...]
@@ -35,6 +37,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -45,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
 from torchvision.transforms.v2 import RandomErasing, RandomResizedCrop
@@ -52,10 +56,11 @@ from torchvision.transforms.v2 import RandomErasing, RandomResizedCrop
 import arvideo
 import data
 from arvideo import (
-    ARVideo, Encoder, EncoderBlock, LayerNorm, initialise, position_table, take, video_to_cubes)
+    ARVideo, DecoderBlock, Encoder, EncoderBlock, LayerNorm, initialise, position_table, take,
+    video_to_cubes)
 from data import UserError
-from train_finetune import Classifier, encoder_arguments
-from train_pretrain import Machine, load_config, make_optimizer
+from train_finetune import Classifier, build_model, encoder_arguments
+from train_pretrain import Machine, build_arvideo, load_config, make_optimizer
 
 
 # --- Models to compare ------------------------------------------------------
@@ -378,6 +383,151 @@ def benchmark_memory(options, config, device):
         rows.append(row)
         batch *= 2
     return "peak memory of two training steps", rows
+
+
+# --- Command: estimate ------------------------------------------------------
+
+
+def cudnn_attention(q, k, v, heads, mask=None):
+    """arvideo.attend by one of CUDA's fused kernels, for tensors without content.
+
+    Without a GPU scaled_dot_product_attention would choose the one that keeps the attention
+    maps. The fused ones, flash and memory-efficient too, all keep q, k, v, the result and
+    one number for each query and head.
+    """
+    q = q.unflatten(2, (heads, -1)).transpose(1, 2)             # [B, heads, n, w/heads]
+    k = k.unflatten(2, (heads, -1)).transpose(1, 2)
+    v = v.unflatten(2, (heads, -1)).transpose(1, 2)
+    bias = None
+    if mask is not None:
+        bias = torch.zeros_like(mask, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
+    x = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, bias, compute_log_sumexp=True)[0]
+    return x.transpose(1, 2).flatten(2)
+
+
+@contextlib.contextmanager
+def pretended_gpu():
+    """Inside, tensors are on CUDA and have no content, and autocast is on, in bf16."""
+    usual_attention = arvideo.attend
+    arvideo.attend = cudnn_attention
+    # Without a GPU torch.autocast refuses CUDA. This is what it would do
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)
+        arvideo.attend = usual_attention
+
+
+def count_saved(model, forward):
+    """Bytes that `forward`, which calls the model, makes autograd save, blocks first to last.
+
+    A list of totals: one after each block, and one at the end. Parameters and buffers are
+    left out, and tensors that share their memory count once.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    storages = {}
+    totals = []
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage          # held, so that its address stays its own
+        return tensor
+
+    def add_total(*_):
+        totals.append(sum(storage.nbytes() for storage in storages.values()))
+
+    blocks = [module for module in model.modules()
+              if isinstance(module, (EncoderBlock, DecoderBlock))]
+    hooks = [block.register_forward_hook(add_total) for block in blocks]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    add_total()
+    for hook in hooks:
+        hook.remove()
+    return totals
+
+
+def saved_by_training(config, stage, batch):
+    """count_saved of a micro-batch of so many clips, on torch's default device."""
+    frames = config["model"]["frames"]
+    size = config["model"]["size"]
+    video = torch.empty(batch, 3, frames, size, size)
+    if stage == "pretrain":
+        model = build_arvideo(config)
+        draw = model.draw(batch)
+        return count_saved(model, lambda: model(video, *draw))
+    model = build_model(config, classes=400)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    return count_saved(model, lambda: F.cross_entropy(model(video).float(), labels))
+
+
+def saved_on_gpu(config, stage):
+    """(bytes for each clip, bytes whatever the batch) that autograd saves on a GPU in bf16.
+
+    The first is a list as of count_saved.
+    """
+    with pretended_gpu():
+        one = saved_by_training(config, stage, 1)
+        two = saved_by_training(config, stage, 2)
+    a_clip = [more - less for less, more in zip(one, two)]
+    return a_clip, one[-1] - a_clip[-1]
+
+
+def training_state(config, stage):
+    """Bytes of the weights, their gradients and AdamW's two moments, all in fp32."""
+    with torch.device("meta"):
+        model = build_arvideo(config) if stage == "pretrain" else build_model(config, classes=400)
+    return sum(parameter.nbytes * (4 if parameter.requires_grad else 1)
+               for parameter in model.parameters())
+
+
+class TrainingMemory(NamedTuple):
+    """The memory, in bytes, that training takes on a GPU in bf16, not compiled."""
+    saved_a_clip: int
+    again_a_clip: int           # of the block that is computed again, with checkpointing
+    constant: int               # weights, gradients, moments; the weights in bf16; masks
+
+    def at_batch(self, batch):
+        return self.constant + batch * (self.saved_a_clip + self.again_a_clip)
+
+
+def estimate_memory(config, stage):
+    """The TrainingMemory of section `stage` of the settings. It needs no GPU.
+
+    Left out is what lives only within an operation or a block, such as gradients of
+    activations. With a frozen encoder this is most of the memory.
+    """
+    saved, saved_once = saved_on_gpu(config, stage)
+    again = 0
+    if config["model"]["checkpointing"]:
+        all_kept = {**config, "model": {**config["model"], "checkpointing": False}}
+        plain, _ = saved_on_gpu(all_kept, stage)
+        dropped = [all_of_it - kept for all_of_it, kept in zip(plain, saved)]
+        again = max(after - before for before, after in pairwise([0, *dropped]))
+    return TrainingMemory(saved[-1], again, saved_once + training_state(config, stage))
+
+
+def benchmark_estimate(options, config, device):
+    """A row for both trainings, without and with checkpointing."""
+    rows = []
+    for stage in ("pretrain", "finetune"):
+        for checkpointing in (False, True):
+            config["model"]["checkpointing"] = checkpointing
+            memory = estimate_memory(config, stage)
+            row = {"": stage + (", checkpointing" if checkpointing else "")}
+            row["saved MiB a clip"] = f"{memory.saved_a_clip / 2**20:.0f}"
+            row["MiB of a block, a clip"] = f"{memory.again_a_clip / 2**20:.0f}"
+            row["constant GiB"] = in_gib(memory.constant)
+            for batch in (16, 64, 128):
+                row[f"GiB at batch {batch}"] = f"{memory.at_batch(batch) / 2**30:.1f}"
+            rows.append(row)
+    return "computed for CUDA in bf16, not compiled, with fused attention", rows
 
 
 # --- Command: decode --------------------------------------------------------
@@ -714,6 +864,7 @@ def benchmark_augment(options, config, device):
 COMMANDS = {
     "step": benchmark_step,
     "memory": benchmark_memory,
+    "estimate": benchmark_estimate,
     "finetune": benchmark_step,
     "decode": benchmark_decode,
     "loader": benchmark_loader,

@@ -1,16 +1,19 @@
-"""Speed is measured against VideoMAE itself, all benchmarks run, and the figures are right."""
+"""The baseline is VideoMAE, benchmarks and GPU checks run, memory and figures are right."""
 
+import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import benchmark
 import figures
+import gpu
 import pytest
 import torch
 from benchmark import VideoMAE, contenders, forward_flops, materialised
-from conftest import ROOT, SERVER, USUAL_METHOD, assert_equal, run_main
+from conftest import ROOT, SERVER, TINY, USUAL_METHOD, assert_equal, run_main
 
 import arvideo
 from train_pretrain import load_config
@@ -95,6 +98,41 @@ def test_videomaes_augmentation_is_ours_but_for_rounding():
         assert_equal(erased_box(ours, ours_erased), erased_box(videomae, videomae_erased))
 
 
+# --- Estimated memory -------------------------------------------------------
+
+
+def test_saved_tensors_are_counted_once_and_without_weights():
+    x = torch.randn(2, 4, requires_grad=True)
+    layer = torch.nn.Linear(4, 3)
+
+    def forward():
+        # Both layers need x [2, 4], GELU its input [2, 3], in four bytes each
+        return layer(x).sum() + torch.nn.functional.gelu(layer(x)).sum()
+
+    assert benchmark.count_saved(layer, forward) == [32 + 24]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_estimate_is_what_autograd_really_saves(stage, checkpointing):
+    """Byte for byte: CUDA tensors without content, and tensors on the CPU that have some."""
+    config = load_config([*TINY, f"model.checkpointing={checkpointing}"], "pretrain")
+    estimated, once = benchmark.saved_on_gpu(config, stage)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one = benchmark.saved_by_training(config, stage, 1)
+        two = benchmark.saved_by_training(config, stage, 2)
+    assert estimated == [more - less for less, more in zip(one, two)]
+    assert once == pytest.approx(one[-1] - estimated[-1], rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_estimate_for_the_paper():
+    """ViT-B: pretraining saves 214 MiB a clip, 46 with checkpointing; fine-tuning 502 and 60."""
+    _, rows = benchmark.benchmark_estimate(None, load_config(["k400"], "pretrain"), "cpu")
+    assert [row["saved MiB a clip"] for row in rows] == ["214", "46", "502", "60"]
+    assert rows[0]["GiB at batch 128"] == "28.4"
+
+
 # --- The benchmarks ---------------------------------------------------------
 
 
@@ -119,7 +157,8 @@ def test_an_unknown_setting_is_refused(monkeypatch):
         benchmark.main()
 
 
-COMMANDS = ["memory toy --batch 1", "loader toy --batch 2 --rounds 1",
+COMMANDS = ["memory toy --batch 1", "estimate toy",
+            "loader toy --batch 2 --rounds 1",
             "step toy --batch 2 --rounds 1", "decode video.mp4 --rounds 1",
             "augment toy finetune.rand_augment=[4,7.0] --rounds 1"]
 REAL_COMMAND = "finetune toy --batch 2 --rounds 1"      # by python; the others by a fork
@@ -165,6 +204,45 @@ def test_every_benchmark_runs(command, started):
 def test_a_benchmark_runs_as_a_real_command(started):
     process, prefix = started[REAL_COMMAND]
     check_printed(prefix, process.wait(300))
+
+
+# --- The checks for a GPU ---------------------------------------------------
+
+
+def fails(setup):
+    gpu.require_close("one", 1.0, 2.0, tolerance=0.1)
+
+
+def dies(setup):
+    os._exit(3)
+
+
+def hangs(setup):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("check, message", [
+    (fails, "CheckFailed: one is 1 in place of 2, off by 0.5, more than 0.1"),
+    (dies, "the process ended with 3"), (hangs, "no answer within 1 s")])
+def test_a_check_fails_alone(check, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "CHECKS", {"check": check})
+    monkeypatch.setattr(gpu, "LIMIT", 1)
+    result, measured, _ = gpu.run_alone("check", "cpu", tmp_path)
+    assert (result, measured) == ("failed", message)
+
+
+def test_a_number_that_is_none_is_not_close():
+    with pytest.raises(gpu.CheckFailed):
+        gpu.require_close("a loss", float("nan"), 1.0, tolerance=1.0)
+
+
+@pytest.mark.slow
+def test_the_checks_for_a_gpu_pass_on_a_cpu(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tests" / "gpu.py", "--device", "cpu"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in gpu.CHECKS:
+        assert f"| {name} | passed |" in done.stdout
 
 
 # --- The figures ------------------------------------------------------------
