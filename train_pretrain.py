@@ -282,7 +282,7 @@ def join_processes(device):
 
 
 def spare_cores():
-    """The cores that each process of this machine may fill with workers: all but one, at least 1."""
+    """The cores of each process of this machine that its workers may use: all but one."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))            # those that this process may use
     else:

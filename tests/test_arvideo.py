@@ -186,7 +186,7 @@ def test_random_order_is_a_permutation_of_its_own_for_every_sample():
 
 def test_attention_masks_of_three_clusters():
     # Each cluster has three tokens, two of them visible; the last is not encoded
-    encoder_mask, decoder_mask = arvideo.attention_masks(M=3, K=3, V=2)
+    encoder_mask, decoder_mask = arvideo.attention_masks(M=3, R=3, V=2)
     assert encoder_mask.int().tolist() == [
         [1, 1, 0, 0],       # place 1
         [1, 1, 0, 0],
