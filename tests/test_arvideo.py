@@ -201,7 +201,7 @@ def test_attention_masks_of_three_clusters():
         [1, 1, 1, 1],
         [1, 1, 1, 1],
     ]
-    same_encoder_mask, later_mask = arvideo.attention_masks(M=3, K=3, V=2, predict_after=2)
+    same_encoder_mask, later_mask = arvideo.attention_masks(M=3, R=3, V=2, predict_after=2)
     assert torch.equal(same_encoder_mask, encoder_mask)
     assert torch.equal(later_mask, decoder_mask[3:])
 
