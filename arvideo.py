@@ -513,7 +513,8 @@ class ARVideo(nn.Module):
         predicted_count = count_share(math.prod(cluster), predict_ratio)
         self.decoder = Decoder(
             grid=self.grid, width=decoder_width, depth=decoder_depth,
-            heads=decoder_heads, mlp_ratio=mlp_ratio, outputs=3 * math.prod(cube),
+            heads=decoder_heads, mlp_ratio=mlp_ratio,
+            outputs=math.prod(self.target_shape()),
             group_size=predicted_count if decoder_self_attention else None,
             positions=positions, checkpointing=checkpointing)
         self.set_clusters(cluster, mask_ratio, predict_after, predict_ratio)
@@ -585,7 +586,7 @@ class ARVideo(nn.Module):
         encoded = self.encoder.encode(visible_cubes, seen, self.encoder_mask)   # [B, S, D]
         memory = self.encoder_to_decoder(encoded)                           # [B, S, d]
         prediction = self.decoder(memory, queried, self.decoder_mask)       # [B, Q, 3 P]
-        return prediction.unflatten(2, (3, -1))
+        return prediction.unflatten(2, self.target_shape())
 
     def statistics(self, cubes):
         """Mean and deviation [..., 1] of each cube, for each colour.
@@ -597,10 +598,15 @@ class ARVideo(nn.Module):
         deviation, mean = torch.std_mean(cubes, dim=-1, keepdim=True)
         return mean, deviation + 1e-6               # a flat cube must not divide by zero
 
+    def target_shape(self):
+        """The shape of the target of a token: (3, P). The constructor asks for it."""
+        return 3, math.prod(self.cube)
+
     def target(self, video, cubes):
         """The values to predict [B, N, 3, P], before normalisation. Here they are the cubes.
 
-        A fork overrides this method for another target, which it may take from `video`.
+        A fork overrides this method for another target, which it may take from `video`. If
+        the target of a token is not of shape (3, P), it overrides target_shape as well.
         """
         return cubes
 
