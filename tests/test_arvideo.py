@@ -291,15 +291,6 @@ def test_a_share_of_the_tokens_is_predicted_as_if_all_were(kind):
     assert half.forward(small_video(), order, visible, predicted).isfinite()
 
 
-def test_half_of_the_queries_save_a_fifth_of_the_work():
-    """The README's and RESULTS.md's GFLOPs of a forward pass: 93 and 75."""
-    for ratio, gflops in ((1.0, 93), (0.5, 75)):
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            model = ARVideo(predict_ratio=ratio)
-            model(torch.empty(1, 3, 16, 224, 224), *model.draw(1))
-        assert round(counter.get_total_flops() / 1e9) == gflops
-
-
 def test_self_attention_refuses_queries_that_are_no_whole_clusters():
     """Grouped by their number alone, those of several videos would be mixed."""
     model = small_model(decoder_self_attention=True)
