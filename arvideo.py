@@ -22,9 +22,9 @@ Two attention masks let one pass predict all these clusters.
     model = ARVideo()                               # ViT-B, 16 x 224 x 224
     loss = model(video, *model.draw(len(video)))    # video [B, 3, 16, 224, 224]
 
-Symbols in the shapes. The values are those of the default model and the paper,
-except Q: the paper's Table 5 has 1372, which predict_after=2 gives. That is how many
-places at the start of the order are not predicted, 1 by default.
+Symbols in the shapes. `predict_after` is how many places at the start of the order are
+not predicted, 1 by default. The values are those of the default model and the paper,
+except Q: the paper's Table 5 has 1372, which predict_after=2 gives.
     B   videos in the batch
     N   tokens of a video                 1568 = 8 x 14 x 14
     P   pixels of a cube                   512 = 2 x 16 x 16, of C = 3 colours
@@ -37,7 +37,7 @@ places at the start of the order are not predicted, 1 by default.
     D   width of the encoder               768
     d   width of the decoder               512
 
-`python train_pretrain.py` trains this model. This file needs torch alone.
+`python train_pretrain.py` trains it, by default at toy size. This file needs torch alone.
 """
 
 import math
@@ -144,7 +144,7 @@ def count_share(cluster_size, share):
 
 
 def draw_tokens(clusters, count, batch, generator=None):
-    """[B, M, count]: the indices of so many tokens of each cluster.
+    """[B, M, count]: the indices of `count` tokens of each cluster.
 
     They are drawn anew for every sample and every cluster of `clusters` [M, K].
     """
@@ -202,8 +202,8 @@ def position_table(grid, width, kind):
 def interpolate_positions(table, old, new):
     """Embeddings [n, width] of the grid `old` (t, h, w) -> [N, width] of the grid `new`.
 
-    Trilinear over time, height and width, so that a token at the same share of the
-    clip has about the same embedding. The same grid leaves the table as it is.
+    Trilinear over time, height and width: a token halfway through the clip has about
+    the same embedding in both grids. The same grid leaves the table as it is.
     """
     if new == old:
         return table
@@ -230,8 +230,7 @@ class CubeEmbedding(nn.Module):
 
     def __init__(self, cube, width):
         super().__init__()
-        # It only holds the weights, under the name and in the shape of VideoMAE's, which
-        # convolves whole videos
+        # Never called: it only holds the weights, under VideoMAE's name and in its shape
         self.proj = nn.Conv3d(3, width, kernel_size=cube, stride=cube)
 
     def forward(self, cubes):
@@ -337,8 +336,9 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """A plain ViT over cubes, with VideoMAE's parameter names.
 
-    `pretrained_clip` is the frames and the size of the clips of its pretraining, if
-    they are others: positions are then interpolated. (0, 0) means the same.
+    `pretrained_clip` (frames, size) is for weights that were pretrained on clips of
+    another size: positions are those of that size, interpolated to this one. (0, 0)
+    means the same size.
     `checkpointing` computes activations again in the backward pass, which saves
     memory. Raises ValueError if cubes do not fill the video or heads do not divide the
     width.
@@ -352,6 +352,7 @@ class Encoder(nn.Module):
         self.cube = tuple(cube)
         self.width = width
         self.checkpointing = checkpointing
+        # The table of the pretraining, interpolated to this clip
         first_frames, first_size = pretrained_clip if any(pretrained_clip) else (frames, size)
         self.grid = blocks_per_axis((first_frames, first_size, first_size), self.cube, "cube")
         table = position_table(self.grid, width, positions)             # [N, D]
@@ -366,7 +367,7 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """Take clips of so many frames, size x size, from now on: interpolate the positions."""
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # In place: a fork's learned positions stay a parameter
+        # Into .data, so that positions which a fork has made a parameter stay that parameter
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 
@@ -473,7 +474,7 @@ class ARVideo(nn.Module):
     Its arguments are section `model` of config.yaml, which explains them. The
     paper's ablations (Tables 1 and 6 to 10) change them. `mask_ratio` is the
     share of hidden tokens. `predict_after` is how many places at the start of
-    the order are not predicted, 1 or more. `pretrained_clip` is the encoder's.
+    the order are not predicted, 1 or more. For `pretrained_clip` see Encoder.
     `predict_ratio` is not in the paper: the share of a cluster's tokens that is
     predicted in a step.
     Raises ValueError where sizes do not fit or a value is out of range.
@@ -523,7 +524,7 @@ class ARVideo(nn.Module):
         """Divide the tokens into clusters and build both masks.
 
         The constructor calls it. A fork may call it again to change the shape of clusters
-        in training, though not with self-attention in the decoder.
+        in training, though not with self-attention in the decoder, whose groups are fixed.
         Raises ValueError where sizes do not fit.
         """
         device = self.encoder.positions.device
@@ -606,7 +607,8 @@ class ARVideo(nn.Module):
         """The values to predict [B, N, 3, P], before normalisation. Here they are the cubes.
 
         A fork overrides this method for another target, which it may take from `video`. If
-        the target of a token is not of shape (3, P), it overrides target_shape as well.
+        the target of a token is not of shape (3, P), it overrides target_shape as well, and
+        reconstruct if it wants pictures.
         """
         return cubes
 

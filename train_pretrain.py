@@ -54,8 +54,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Settings that may be "auto", which means what suits the machine. Any other value must be of the
-# type of these examples.
+# Settings that may be "auto", which means what suits the machine. The value here only shows the
+# type that any other value must have.
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -86,7 +86,7 @@ def read_settings(path):
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise UserError(f"{path}, line {line}: {error.problem}") from None
-    except (UnicodeDecodeError, yaml.YAMLError):
+    except (UnicodeDecodeError, yaml.reader.ReaderError):
         raise UserError(f"{path}: this is not a text file in UTF-8") from None
     if not isinstance(settings, dict) or not all(isinstance(x, dict) for x in settings.values()):
         raise UserError(f"{path}: expected sections of settings, as in {CONFIG.name}")
@@ -168,11 +168,11 @@ def fill_in_names(config, presets, stage, init_is_given):
 
     # Presets with a section finetune alone have no part in the name of the pretraining:
     # `toy linear` begins from runs/toy/pretrain
-    pretrained = [name for name, sections in presets if set(sections) != {"finetune"}]
+    pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
     if not finetune["init"]:
-        finetune["init"] = f"runs/{'-'.join(pretrained or names)}/pretrain/last.pt"
+        finetune["init"] = f"runs/{'-'.join(pretraining_names or names)}/pretrain/last.pt"
     run["output"] = os.path.expanduser(run["output"])
     finetune["init"] = os.path.expanduser(finetune["init"])
 
@@ -242,7 +242,7 @@ def run_command(stage, train):
             if dist.is_initialized():
                 dist.destroy_process_group()
     except UserError as error:
-        sys.exit(str(error) or 1)           # Machine.stop leaves it to the first process
+        sys.exit(str(error) or 1)           # Machine.stop has the first process say it, for all
 
 
 # --- The machine ------------------------------------------------------------
@@ -270,9 +270,9 @@ def choose_device(name):
 def join_processes(device):
     """Join the other processes that torchrun has started."""
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # On one machine every attempt of torchrun has its own prefix in the store, which still holds
-    # the addresses of the attempt before. On several machines the counts of attempts may differ,
-    # and prefixes would keep processes from finding each other.
+    # After a restart, torchrun's store still holds the addresses of the processes before. So that
+    # nobody connects to these, give each attempt a prefix of its own. On several machines the
+    # counts of attempts may differ, and prefixes would keep processes from finding each other.
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
@@ -282,7 +282,7 @@ def join_processes(device):
 
 
 def spare_cores():
-    """The cores of each process of this machine that its workers may use: all but one."""
+    """How many workers this process may start: its equal share of the cores, less one."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))            # those that this process may use
     else:
@@ -349,7 +349,7 @@ class Machine:
     def sum(self, *values):
         """The sum of each value over all processes, as Python numbers.
 
-        The values are numbers or tensors of one element. A GPU is waited for only once.
+        The values are numbers or tensors [] without dimensions. A GPU is waited for only once.
         """
         # full() writes a number on the device without waiting for it
         numbers = [value.float() if isinstance(value, torch.Tensor)
@@ -485,7 +485,7 @@ def make_optimizer(model, settings, device, scale=lambda name: 1.0):
 
 
 def save_checkpoint(path, content):
-    """Write a checkpoint, completely or not at all: until then, the one before it stays."""
+    """Write to a temporary file and rename it, so that a crash leaves the last one intact."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -546,7 +546,8 @@ def code_version(model):
 class Log:
     """log.jsonl, a line for every step and every validation; TensorBoard where installed.
 
-    Until open() makes the folder, a run leaves no trace.
+    A folder that exists is locked at once. A new one is made and locked by open(), so that
+    a run which fails before leaves nothing behind.
     """
 
     def __init__(self, config):
@@ -652,7 +653,8 @@ class Training:
         pairs["run.seed"] = (self.config["run"]["seed"], saved["run"]["seed"])
         for section in ("data", "model", self.stage):
             for key, value in self.config[section].items():
-                if key not in MAY_CHANGE and key in saved[section]:     # a key may be newer
+                # An older checkpoint lacks settings that were added since
+                if key not in MAY_CHANGE and key in saved[section]:
                     pairs[f"{section}.{key}"] = (value, saved[section][key])
         differing = [f"{name} is {now!r:.80}, was {before!r:.80}"
                      for name, (now, before) in pairs.items() if now != before]
@@ -701,7 +703,7 @@ class Training:
             tqdm.write(f"unreadable, another video is drawn: {data.printable(reason)}",
                        file=sys.stderr)
         self.reported.update(reasons)
-        self.tried += self.plan.batch + unreadable
+        self.tried += self.plan.batch + unreadable      # for each of these one more was tried
         self.unreadable += unreadable
         limit = self.config["data"]["max_unreadable"]
         if self.tried >= 100 and self.unreadable > limit * self.tried:
@@ -710,7 +712,7 @@ class Training:
                 f"data.max_unreadable={limit}; `python data.py check` lists them")
 
     def log_step(self, loss, lr, norm, seconds, waited):
-        """Log a step of so many seconds, of which it waited some for data."""
+        """Log a step that took `seconds`, of which this process waited `waited` for data."""
         if self.log:
             clips_per_second = self.plan.batch * self.plan.repeats / seconds
             epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
@@ -837,9 +839,9 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
     """Train `model` on `videos` as section `stage` of the settings says, from the last checkpoint.
 
     loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is the model as
-    wrap_model gives it, `batch` a data.Batch, `rows` [b] say which of the global batch it holds.
+    wrap_model gives it, `batch` a data.Batch, `rows` [b] are its rows in the global batch.
     end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
-    The scores that it returns go into the log, which is None except in the first process.
+    It returns scores to log, or None. `log` is the Log in the first process, None in others.
     A run resumes only if `must_match` is the same. Returns False if it was finished before.
     """
     training = Training(config, stage, machine, model, optimizer, len(videos), must_match)
@@ -863,7 +865,8 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             loss, reasons, waited = accumulate_gradients(
                 forward, batches, step, plan, machine, loss_of)
             norm = clip_gradients(machine, model, optimizer, config[stage]["clip_norm"])
-            # Here the GPU is waited for, once a step. The norm is the same in all processes.
+            # Here alone a step waits for the GPU. The norm is the same in all processes, and goes
+            # through the sum so that all four come at once.
             loss, norm, unreadable, stopping = machine.sum(
                 loss / machine.world_size, norm / machine.world_size, len(reasons), len(signals))
             training.require_finite(loss, norm, lr)
@@ -994,8 +997,7 @@ def pretrain(config):
     optimizer = make_optimizer(model, settings, machine.device)
     trained = fit(config, "pretrain", machine, model, videos, optimizer, loss_of, end_epoch)
     if machine.is_first:
-        print(f"{output} is {'now' if trained else 'already'} finished: last.pt, log.jsonl and "
-              "pictures are there")
+        print(f"{output} is {'now' if trained else 'already'} finished: see last.pt and log.jsonl")
 
 
 def main():
