@@ -140,7 +140,7 @@ def read_folder(source):
     videos = videos_below(source)
     if not videos:
         raise UserError(f"{source}: there are no videos in this folder or below it")
-    # No classes if a video lies directly in the folder, or if the folder is itself one, of images
+    # No classes if a video lies directly in the folder, or if the folder is itself one: its images
     if any(source in (path, path.parent) for path in videos):
         return [(path, None) for path in videos]
     named = [(path, path.relative_to(source).parts[0]) for path in videos]
@@ -223,8 +223,9 @@ def read_list(source, text, folders):
         if not has_suffix(name, VIDEO_SUFFIXES) and not find_file(name, folders):
             header = "; if it is a header, remove it" if not named else ""
             raise UserError(f"{source}:{line_number}: expected `path label`, `path,label` or "
-                            f"`path`. The label is one number. The path ends as a video's does, "
-                            f"or there is such a folder of images. Found: {line[:200]}{header}")
+                            f"`path`. The label is one number. The path must have the suffix of a "
+                            f"video or be an existing folder of images. "
+                            f"Found: {line[:200]}{header}")
         first_form = first_form or form
         if form != first_form:
             raise UserError(f"{source}:{line_number}: expected `{first_form}`, as in the lines "
@@ -240,14 +241,14 @@ def read_class_names(path):
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
-def refuse_other_names(source, own, classes):
-    """UserError if classes.txt beside a list, `own`, contradicts the known `classes`.
+def refuse_other_names(source, names, classes):
+    """UserError if `names`, the content of classes.txt, are not the known `classes`.
 
-    Classes without names are named by their numbers, which contradict nothing.
+    Known classes called "0", "1", ... have no real names, so nothing is compared.
     """
-    if not own or not classes or classes == [str(i) for i in range(len(classes))]:
+    if not names or not classes or classes == [str(i) for i in range(len(classes))]:
         return
-    for number, (name, known) in enumerate(zip_longest(own, classes, fillvalue="missing")):
+    for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
         if name != known:
             raise UserError(f"{source}: classes.txt beside it names other classes than the "
                             f"{len(classes)} known ones: class {number} is {name}, not {known}")
@@ -332,7 +333,7 @@ def read_annotations(source, root="", classes=None):
                         "file; look at data.root, data.train and data.val")
     source = existing[0]
     root = Path(root).expanduser() if root else source.parent
-    # A folder of videos needs no other one: a preset's need not be there
+    # If source is a folder of videos, root is not used and may be missing (a preset sets one)
     if not source.is_dir() and not root.is_dir():
         raise UserError(f"{root}: there is no such folder of videos (data.root)")
 
@@ -378,7 +379,7 @@ def read_split(settings, split, classes=None):
         return [], classes
     if source == "toy":
         make_toy_set()
-        source = TOY_ROOT / f"{split}.txt"
+        source = TOY_ROOT / ("train.txt" if split == "train" else "val.txt")
     return read_annotations(source, settings["root"], classes)
 
 
@@ -466,6 +467,7 @@ def read_packets(container, stream):
     # key frame
     if stream.codec_context.name in ("hevc", "vp8", "vp9"):
         packets = list(dropwhile(lambda packet: not packet.is_keyframe, packets))
+    # Discard packets are decoded but not shown: an edit list has cut them off
     if all(packet.is_discard for packet in packets):
         raise ValueError("it holds no video frames")
     return packets
@@ -524,11 +526,12 @@ def timestamps_identify_frames(container, stream, packets):
 
 
 def packets_needed(packets, wanted):
-    """Numbers of the packets to decode for the wanted timestamps, from a key frame up to each.
+    """Numbers of the packets to decode for the wanted timestamps.
 
-    Decoding starts at the last key frame that is both stored and shown no later than the
-    wanted frame. A frame that is stored after a key frame but shown before it (in an open
-    group of pictures) may refer to frames before that key frame.
+    Decoding goes from a key frame up to each wanted frame. It starts at the last key frame
+    that is both stored and shown no later than the wanted frame. A frame that is stored
+    after a key frame but shown before it (in an open group of pictures) may refer to frames
+    before that key frame.
     """
     number_of = {packet.pts: i for i, packet in enumerate(packets)}
     keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
@@ -536,7 +539,8 @@ def packets_needed(packets, wanted):
     for pts in wanted:
         end = number_of[pts]
         before = keys[:bisect.bisect_right(keys, end)]
-        start = next((i for i in reversed(before) if packets[i].pts <= pts), 0)
+        # The first packet is a key frame and shown first, so there always is one
+        start = next(i for i in reversed(before) if packets[i].pts <= pts)
         needed.update(range(start, end + 1))
     return sorted(needed)
 
@@ -571,9 +575,9 @@ def decode_indexed(decoder, packets, wanted, convert):
 
 
 def decode_all(decoder, packets):
-    """Every frame, in the decoder's order.
+    """Every frame, in the order of display.
 
-    A file that breaks off may end in a part of a packet. A damaged frame of it is left out.
+    If a file breaks off, its last packet may be cut short. Its frame is left out if damaged.
     """
     last = packets[-1]
     for packet in [*packets, None]:                     # None drains the decoder
@@ -634,8 +638,8 @@ def decode_clips(container, stream, choose, convert):
                 return clips, frames
         decoder.skip_frame = "DEFAULT"
 
-    # Else decode from the start. A file with fewer frames than packets is read a second time,
-    # which returns, since the number of its frames is known then. No frame at all ends the loop.
+    # Else decode from the start. The first guess is a frame for each packet. If there are fewer,
+    # decode_counted tells how many, and the second pass succeeds. If there are none, it ends.
     count = len(packets)
     while count:
         decoder.flush_buffers()
@@ -774,10 +778,10 @@ def dense_views(count, frames, stride, clips):
 
 
 def segment_views(count, frames, clips):
-    """clips x frames frame numbers, evenly spread over the video.
+    """Spread clips * frames numbers evenly over the video.
 
-    Clip k takes every clips-th of them from the k-th on. A single clip takes the middles
-    of `frames` segments.
+    Clip k takes numbers k, k + clips, k + 2 clips and so on of these. A single clip takes
+    the middles of `frames` segments.
     """
     if clips == 1:
         return [[(2 * i + 1) * count // (2 * frames) for i in range(frames)]]
@@ -791,8 +795,8 @@ def segment_views(count, frames, clips):
 def pretraining_clip(clip, size, flip):
     """VideoMAE's multi-scale crop: uint8 [T, 3, H, W] -> [T, 3, size, size].
 
-    Height and width are scales of the short side, at most one step apart. The crop
-    is at one of 13 positions. Mirrored at random if `flip`.
+    Height and width are each the short side times one of four scales, which are equal
+    or neighbours. The crop is at one of 13 positions. Mirrored at random if `flip`.
     """
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales)
@@ -835,10 +839,11 @@ def spatial_views(clip, size, crops):
 RAND_AUGMENT = (
     "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize add",
     "saturation", "contrast", "brightness", "sharpness", "shear x", "shear y", "move x", "move y")
-# Of these, those that change every pixel by itself
+# Of these, those whose result at a pixel depends on that pixel alone
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
-# The operations below give the pixels of Pillow, which timm and VideoMAE augment with. They
+# The operations below give the pixels of Pillow, which timm and VideoMAE augment with, up to one
+# grey level where it rounds in between. They
 # go from plane to plane (a channel of a frame, [H, W]), because the floats and indices of
 # one plane stay in the processor's cache. A box is (top, left, height, width).
 
@@ -871,7 +876,9 @@ def equalize_tables(clip):
     for plane in clip.flatten(0, 1):
         histogram = torch.bincount(plane.flatten(), minlength=256)
         darker = histogram.cumsum(0) - histogram                # pixels below each value
-        step = darker[plane.max().int()] // 255                 # the brightest ones do not count
+        # As Pillow: pixels for each value of the result, without those of the brightest value.
+        # Adding step // 2 rounds.
+        step = darker[plane.max().int()] // 255
         tables.append((step // 2 + darker) // step if step > 0 else torch.arange(256))
     return torch.stack(tables).unflatten(0, clip.shape[:2])
 
@@ -929,7 +936,7 @@ def warp(clip, matrix, box):
     down = (from_y - 0.5 - row).flatten()
 
     def places(row, column):
-        """Where a plane has these pixels. A grey one will follow its last."""
+        """Indices into a flattened plane, with H W for a grey pixel that is appended below."""
         place = row.clamp(0, H - 1) * W + column.clamp(0, W - 1)
         return place.masked_fill(outside, H * W).flatten()
 
@@ -1011,8 +1018,8 @@ def augment_once(clip, name, level, sign, box):
 def draw_operations(operations, magnitude):
     """[(name, level, sign), ...] of the operations that a clip undergoes.
 
-    As timm's `rand-m<magnitude>-n<operations>-mstd0.5-inc1`: so many are drawn, and each
-    is kept with probability 0.5. Strengths are normal around `magnitude` (0 to 10) with
+    As timm's `rand-m<magnitude>-n<operations>-mstd0.5-inc1`: `operations` are drawn, each
+    kept with probability 0.5. Strengths are normal around `magnitude` (0 to 10) with
     deviation 0.5. torchvision's RandAugment has neither this probability nor these strengths.
     """
     kept = []
@@ -1029,16 +1036,18 @@ def draw_operations(operations, magnitude):
 def rand_augment(clip, operations, box):
     """The box of a uint8 clip [T, 3, H, W] after these operations, the same for all frames.
 
-    What the box leaves out is computed only if an operation that follows needs it.
+    It works backwards. Where the last operation is pointwise, the earlier ones need only give
+    the box, else the whole frame.
     """
     if not operations:
         return tv.crop(clip, *box)
     *earlier, (name, level, sign) = operations
     if name in POINTWISE:
-        clip = rand_augment(clip, earlier, box)
-        box = (0, 0, *clip.shape[-2:])                  # all that is left
-    else:
-        clip = rand_augment(clip, earlier, (0, 0, *clip.shape[-2:]))
+        part = rand_augment(clip, earlier, box)
+        whole_part = (0, 0, *part.shape[-2:])
+        return augment_once(part, name, level, sign, whole_part)
+    whole_frame = (0, 0, *clip.shape[-2:])
+    clip = rand_augment(clip, earlier, whole_frame)
     return augment_once(clip, name, level, sign, box)
 
 
@@ -1230,7 +1239,8 @@ def load_batches(
     if (context or multiprocessing.get_start_method()) == "forkserver":
         # The server imports what workers need once, and they begin as its copies
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # It needs a resource tracker, whose start would end the block below
+        # Starting the resource tracker, which the server needs, unblocks SIGTERM. So it comes
+        # before the lines below, which block it.
         resource_tracker.ensure_running()
     # A fork server would die of a SIGTERM that is sent to all processes of a run. So SIGTERM is
     # blocked while the server starts, and it inherits the block. A SIGTERM for this process in
@@ -1253,7 +1263,7 @@ def load_batches(
         # A sentinel is ready once its worker has ended
         if own and wait([worker.sentinel for worker in own], timeout=1):
             raise UserError("a worker process has ended. If the system ended it for want of "
-                            "memory, set run.workers lower") from None
+                            "memory, set run.workers (or --workers) lower") from None
         raise
     finally:
         for worker in own:
@@ -1262,9 +1272,9 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# The motion of each class from one frame to the next, before the random speed: pixels of the
-# texture that the window goes right and down, radians that the picture turns clockwise, and
-# growth of the picture's logarithm. When the window goes right, the picture goes left.
+# The motion of each class from one frame to the next, before the random speed: window right
+# (pixels of the texture), window down (the same), picture clockwise (radians), picture's growth
+# (logarithm of its size). When the window goes right, the picture goes left.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
@@ -1291,15 +1301,16 @@ def toy_clip(motion, generator):
     x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
     texture = (texture / texture.std() * 0.2 + 0.4 + 0.2 * brightness).clamp(0, 1)
 
-    # Frames from the middle of the clip, times the speed; and what the motion changes by then
+    # How many frames each one is from the middle of the clip, times the speed; and how far the
+    # motion has come there
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
     window_right, window_down, turned, zoomed = (
         factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
     angle = 2 * math.pi * turn - turned     # the window turns against what is seen
     log_zoom = 0.9 * (zoom - 0.5) + zoomed
 
-    # An affine map [T, 2, 3] from the window to the texture, which spans -1 to 1 and so has 2 / 128
-    # for each of its pixels. The window shifts along its own axes, so the shift is rotated too.
+    # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
+    # its 128 pixels is 2 / 128. The window shifts along its own axes, so the shift is rotated too.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([window_right, window_down], 1).unsqueeze(2) * 2 / 128
     centre = rotation @ shift + (torch.tensor([[x], [y]]) - 0.5) * 0.4
@@ -1405,7 +1416,7 @@ def upright(frame):
     """The frame, turned and mirrored as its file asks."""
     if not any(orientation(frame)):
         return frame
-    # A clip of one frame. A reformatted frame keeps its display matrix.
+    # As a clip of one frame: assemble turns it, since a reformatted frame has its matrix still
     clip, = assemble([[0]], {0: reformat(frame)})
     pixels = clip[0].contiguous()
     return av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
@@ -1439,6 +1450,7 @@ def add_shrunk_stream(writer, frame, is_turned, stream, short_side, key_frames):
     scale = min(1, short_side / min(frame.width, frame.height))
     width = max(2, round(frame.width * scale / 2) * 2)          # H.264 wants even sizes
     height = max(2, round(frame.height * scale / 2) * 2)
+    # Without a pyramid no B-frame refers to another, so a reader may skip all of them
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode",
                "x264-params": "b-pyramid=none"}
     rate = stream.average_rate if stream else None

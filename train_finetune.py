@@ -4,7 +4,7 @@ Fine-tune or probe a pretrained encoder, and test it on several views of each vi
     python train_finetune.py [PRESET ...] [section.key=value ...]       after train_pretrain.py
     python train_finetune.py k400 linear                                a linear probe
     python train_finetune.py k400 finetune.test_only=true               the test alone
-    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER       names alone
+    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER   classes of unlabelled videos
     torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2     eight GPUs
 
 Writes last.pt, best.pt (the best on validation), log.jsonl, results.json and
@@ -35,7 +35,7 @@ from train_pretrain import (
 
 # The keys of section `model` that decide the encoder's weights and what they mean
 ENCODER_KEYS = ("cube", "width", "depth", "heads", "mlp_ratio", "positions")
-# Those that the same weights serve with any values
+# Those that may change without changing the weights
 CLIP_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
 # What finetune.test_only takes from the checkpoint unless the command line says otherwise
 TEST_SETTINGS = ("finetune.sampling", "data.stride", "model.frames", "model.size")
@@ -63,7 +63,10 @@ def linear_head(width, classes):
 
 
 class Classifier(Encoder):
-    """The encoder, the mean over its tokens, a new norm and a linear head. VideoMAE's names."""
+    """The encoder, the mean over its tokens, a new norm and a linear head.
+
+    Parameters have VideoMAE's names.
+    """
 
     def __init__(self, classes, drop_path, head_dropout, **encoder):
         super().__init__(**encoder)
@@ -128,7 +131,8 @@ def layer_decay(depth, decay):
     def scale(name):
         # Layer 0 is the cube embedding, 1 to depth are the blocks, depth + 1 is the head
         layer = depth + 1
-        if name.startswith("patch_embed.") or name == "positions":      # if a fork learns them
+        # Positions are fixed, but a fork may learn them
+        if name.startswith("patch_embed.") or name == "positions":
             layer = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
@@ -150,10 +154,10 @@ def weights_in(path, content):
 def load_weights(model, path, classes):
     """Load a checkpoint, ours or VideoMAE's, into a Classifier or a Probe.
 
-    Returns (a sentence on what was loaded, whether it was everything). If the checkpoint is
-    of this very model, everything is. Otherwise it is the encoder, and every tensor of it
-    must be there and fit. Heads, decoders and, for a Classifier, the encoder's final norm
-    are not loaded. UserError names the tensors that do not fit.
+    Loads everything if the checkpoint is of the same model and classes. Otherwise it loads the
+    encoder alone, of which every tensor must be there and fit; a Classifier does not take its
+    final norm. Returns (a sentence on what was loaded, whether it was everything).
+    UserError names the tensors that do not fit.
     """
     content = load_checkpoint(path)
     weights = weights_in(path, content)
@@ -162,8 +166,9 @@ def load_weights(model, path, classes):
         if key in content:
             origin = f"{path} after {key} {content[key]}"
 
-    # A classifier or probe of the same class names: take everything. VideoMAE's files name no
-    # classes. Classes without names are the same if they are equally many.
+    # A classifier or probe of the same classes: take everything. A file that names no classes,
+    # such as VideoMAE's, is judged by its shapes alone. Classes without names are called "0", "1"
+    # and so on, and are the same if they are equally many.
     own = model.state_dict()
     if (content.get("classes", classes) == classes and weights.keys() == own.keys()
             and all(weights[name].shape == own[name].shape for name in own)):
@@ -220,9 +225,9 @@ class Result(NamedTuple):
 
 
 def frame_chooser(config, dense, segments, clips):
-    """The function that finetune.sampling names, `dense` or `segments`, with its arguments.
+    """choose(number of frames of a video) -> frame numbers, as finetune.sampling says.
 
-    It is left to be called with the number of frames of a video.
+    `dense` and `segments` are functions of data.py.
     """
     frames = config["model"]["frames"]
     if config["finetune"]["sampling"] == "dense":
@@ -235,15 +240,15 @@ def evaluate(model, entries, config, machine, clips, crops):
     """The Result of every entry, in every process.
 
     A video's probabilities are the mean over the softmax of each of its clips x crops
-    views. Each process takes every world_size-th batch: no video is padded or counted twice,
-    and with any number of processes it shares its batch with the same others.
+    views. Each process takes every world_size-th batch. So the batches are the same with any
+    number of processes, and no video is padded or counted twice.
     """
     choose = frame_chooser(config, data.dense_views, data.segment_views, clips)
     videos = data.Views(entries, choose, config["model"]["size"], crops)
     view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
     batch_size = max(1, view_limit // (clips * crops))
     groups = torch.arange(len(entries)).split(batch_size)[machine.rank::machine.world_size]
-    order = [i for group in groups for i in group.tolist()]
+    order = [i for group in groups for i in group.tolist()]     # which makes the same batches again
     batches = data.load_batches(
         videos, batch_size, order, machine.workers,
         pin_memory=machine.device.type == "cuda", context=machine.worker_context)
@@ -380,7 +385,10 @@ def read_lists(settings):
 
 
 def read_test_list(settings, classes):
-    """The Lists of a test alone. `classes` are the checkpoint's names; None: data.train's."""
+    """The Lists of a test alone.
+
+    `classes` are the checkpoint's names. If they are None, data.train is read for them.
+    """
     split = "test" if settings["test"] else "val"
     if not settings[split]:
         raise UserError("data.test and data.val are empty: name a list, or a folder of videos")
@@ -403,15 +411,19 @@ def resumes(config):
 def starting_checkpoint(config):
     """The checkpoint that decides how the run begins. The first of these that applies:
 
-    1. finetune.test_only: the classifier in finetune.init, by default in this run's last.pt
+    1. finetune.test_only: the classifier in finetune.init
     2. run.output holds last.pt: the run resumes from it, in fit
     3. finetune.init=scratch: None, the weights stay random
-    4. else: the encoder in finetune.init, by default in this preset's pretraining
+    4. else: the encoder in finetune.init
+
+    load_config has filled in what finetune.init is by default.
     """
     init = config["finetune"]["init"]
+    if config["finetune"]["test_only"]:
+        return init
     if resumes(config):
         return Path(config["run"]["output"], "last.pt")
-    if init == "scratch" and not config["finetune"]["test_only"]:
+    if init == "scratch":
         return None
     return init
 
@@ -442,7 +454,7 @@ def set_pretrained_clip(path, saved, settings):
         return [f"  assumed    {path} was pretrained on clips of {frames} frames, {size} x "
                 f"{size}, as VideoMAE's are; model.pretrained_clip sets others"]
     known = saved.get("pretrained_clip", [0, 0])
-    if not any(known):
+    if not any(known):                      # it was pretrained on clips of its own size
         known = [saved["frames"], saved["size"]]
     if any(asked) and asked != known:
         raise UserError(f"model.pretrained_clip is {asked}, but {path} was pretrained with {known}")
@@ -465,7 +477,7 @@ def take_test_settings(path, saved, config, given):
 
 
 def adopt_settings(config, given):
-    """Set what the checkpoint that the run begins from knows, before the model is built.
+    """Copy into the settings what the first checkpoint determines, before the model is built.
 
     `given` are the settings of the command line, which have the last word on a test.
     Returns (class names or None, lines to print).
@@ -479,7 +491,7 @@ def adopt_settings(config, given):
     saved = content.get("config", {})
     saved_model = saved.get("model", {})
 
-    # A run that resumes needs no other checkpoint than its own
+    # A run that resumes takes this alone, and fit checks the rest
     if resumes(config):
         if not any(settings["pretrained_clip"]):
             settings["pretrained_clip"] = saved_model.get("pretrained_clip", [0, 0])
@@ -585,14 +597,15 @@ def train_classifier(config, machine, model, lists):
             if len(clips) == repeats:
                 machine.stop("finetune.mixup and finetune.cutmix mix different videos, but a "
                              "process takes one at a time: raise finetune.batch or run.max_batch, "
-                             "or set both to 0")
+                             "or set mixup and cutmix to 0")
             clips, labels = mix_videos(clips, labels, mixes, repeats)
         logits = forward(clips).float()
         return F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
 
     def validate(epoch, is_last, log):
         nonlocal best_top1
-        if epoch == 0 or not is_last and epoch % settings["validate_epochs"]:
+        is_due = is_last or epoch % settings["validate_epochs"] == 0
+        if epoch == 0 or not is_due:        # epoch 0 comes before the first step
             return None
         results = evaluate(model, lists.val, config, machine, clips=1, crops=1)
         scores = accuracy(results, lists.classes)
@@ -616,14 +629,15 @@ def print_scores(scores, output):
     """What a test gave: the content of results.json."""
     for reason in scores["unreadable"]:
         print(f"unreadable: {data.printable(reason)}")
-    videos = f"{scores['videos']} videos, {len(scores['unreadable'])} of them unreadable"
+    unreadable = len(scores["unreadable"])
     about = f"{scores['views']}; weights: {scores['weights']}"
     if "top1" in scores:
-        print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {videos} and counted "
-              f"as wrong; {about}; see {output}/results.json")
+        print(f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % of {scores['videos']} "
+              f"videos, {unreadable} of them unreadable and counted as wrong; {about}; see "
+              f"{output}/results.json")
     else:
-        print(f"{videos}; they have no labels, so there is nothing to score; {about}; see "
-              f"{output}/predictions.csv")
+        print(f"{scores['videos']} videos, {unreadable} of them unreadable; they have no labels, "
+              f"so there is nothing to score; {about}; see {output}/predictions.csv")
 
 
 def finetune(config, given=frozenset()):
