@@ -117,14 +117,15 @@ def make_model(stage, config):
     return model
 
 
-def make_inputs(stage, config, batch):
+def make_inputs(stage, config, batch, seed=0):
     """Random clips with what loss_of needs beside them, on the CPU, the same at every call."""
-    torch.manual_seed(1)
+    model = make_model(stage, config)
+    torch.manual_seed(seed)
     frames = config["model"]["frames"]
     size = config["model"]["size"]
     clips = torch.randint(256, (batch, 3, frames, size, size), dtype=torch.uint8)
     if stage == "pretrain":
-        return clips, *make_model(stage, config).draw(batch)
+        return clips, *model.draw(batch)
     return clips, torch.randint(400, (batch,))
 
 
@@ -231,16 +232,18 @@ def attention_cases(setup):
               Case("attentive probe", 2, 12, 64, 1, N, None),
               Case("within clusters, Table 9", 30, 8, 64, cluster, cluster, None)]
     # Tables share many masks: the first of equal shapes stands for all
-    return list({case[1:6]: case for case in reversed(cases)}.values())[::-1]
+    unique = {}
+    for case in cases:
+        unique.setdefault((case.heads, case.width, case.queries, case.keys), case)
+    return list(unique.values())
 
 
 def attention_tensors(case, dtype, device):
     """Random q, k, v and a gradient of the output, [batch, n, heads x width]."""
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     lengths = (case.queries, case.keys, case.keys, case.queries)
-    tensors = [torch.randn(case.batch, n, case.heads * case.width, generator=generator)
-               for n in lengths]
-    return [tensor.to(device, dtype) for tensor in tensors]
+    return [torch.randn(case.batch, n, case.heads * case.width, dtype=dtype, device=device)
+            for n in lengths]
 
 
 def attention_results(case, tensors):
@@ -320,8 +323,9 @@ def check_attention(setup):
                                 f"{error:.2g}, without cuDNN {without:.2g}")
         row["chosen"] = chosen_backend(case, torch.bfloat16, setup.device)
         if setup.is_cuda:
-            row["cuDNN, ms"] = attention_time(case, SDPBackend.CUDNN_ATTENTION, "cuda")
-            row["efficient, ms"] = attention_time(case, SDPBackend.EFFICIENT_ATTENTION, "cuda")
+            for name, backend in (("cuDNN, ms", SDPBackend.CUDNN_ATTENTION),
+                                  ("efficient, ms", SDPBackend.EFFICIENT_ATTENTION)):
+                row[name] = attention_time(case, backend, setup.device)
         setup.rows.append(row)
     require(not failures, "; ".join(failures))
     return f"{len(setup.rows)} lengths, largest error {worst:.1e}"
@@ -550,10 +554,7 @@ def check_ddp(setup):
     """
     words = [*SHALLOW, "pretrain.batch=8", "run.max_batch=2"]
     config = setup.settings(*words)
-    batches = []
-    for seed in range(4):
-        torch.manual_seed(seed)
-        batches.append(make_inputs("pretrain", config, batch=2))
+    batches = [make_inputs("pretrain", config, batch=2, seed=seed) for seed in range(4)]
 
     store = join_alone(setup.device)
     machine = setup.machine("fp32", compiled=True)
