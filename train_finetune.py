@@ -4,7 +4,7 @@ Fine-tune or probe a pretrained encoder, and test it on several views of each vi
     python train_finetune.py [PRESET ...] [section.key=value ...]       after train_pretrain.py
     python train_finetune.py k400 linear                                a linear probe
     python train_finetune.py k400 finetune.test_only=true               the test alone
-    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER   classes of unlabelled videos
+    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER   name unlabelled videos
     torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2     eight GPUs
 
 Writes last.pt, best.pt (the best on validation), log.jsonl, results.json and
