@@ -351,6 +351,10 @@ def train_here(toy, output, *arguments):
     train_pretrain.pretrain(config)
 
 
+class Killed(Exception):
+    """In place of a kill."""
+
+
 @pytest.fixture
 def saved(monkeypatch):
     """[(file, step or None), ...] of the checkpoints written from now on."""
@@ -389,8 +393,26 @@ def test_minutes_decide_how_many_checkpoints_twenty_epochs_write(
     clock = SimpleNamespace(
         monotonic=lambda: 30 * len(steps_done), perf_counter=time.perf_counter)
     monkeypatch.setattr(train_pretrain, "time", clock)
-    train_here(toy, tmp_path, "pretrain.epochs=20", "run.save_minutes=2.4")
+    arguments = ["pretrain.epochs=20", "run.save_minutes=2.4"]
+    train_here(toy, tmp_path / "undisturbed", *arguments)
     assert saved == [("last.pt", step) for step in (5, 10, 15, 20)]
+
+    # Killed after step 8, a run has lost three steps, and repeats them bit for bit
+    def be_killed(model, step, steps):
+        if step == 8:
+            raise Killed
+
+    monkeypatch.setattr(ARVideo, "after_step", be_killed, raising=False)
+    with pytest.raises(Killed):
+        train_here(toy, tmp_path / "run", *arguments)
+    assert saved[4:] == [("last.pt", 5)]
+    monkeypatch.delattr(ARVideo, "after_step")
+    train_here(toy, tmp_path / "run", *arguments)
+    expected, found = (log_of(tmp_path / name, "step", "loss") for name in ("undisturbed", "run"))
+    assert found == expected
+    expected, found = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
+                       for name in ("undisturbed", "run"))
+    assert_equal(found, expected)
 
 
 def test_weights_of_some_epochs_are_kept(toy, tmp_path, saved):
@@ -421,10 +443,6 @@ def test_every_clip_of_every_step_has_a_draw_of_its_own(toy, tmp_path, monkeypat
 
 
 # --- Forks ------------------------------------------------------------------
-
-
-class Killed(Exception):
-    """In place of a kill."""
 
 
 class Fork(ARVideo):
