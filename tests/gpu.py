@@ -102,7 +102,12 @@ class Setup(NamedTuple):
     def toy_lists(self):
         """The settings that train on a small toy set, which is made on first use."""
         root = self.folder / "toy"
-        data.make_toy_set(root, {"train": 48, "val": 16})
+        # In another process, since one that has computed with several threads must not be
+        # forked, and Script forks
+        maker = multiprocessing.get_context("fork").Process(
+            target=data.make_toy_set, args=(root, {"train": 48, "val": 16}))
+        maker.start()
+        maker.join()
         return ["data.root=", f"data.train={root / 'train.txt'}", f"data.val={root / 'val.txt'}"]
 
 
@@ -686,13 +691,12 @@ def check_memory(setup):
 
 
 def kinetics_like_list(setup, count):
-    """A list of `count` lines that name two files of Kinetics' size, 340 x 256."""
+    """A list that names a file of Kinetics' size, 340 x 256 and ten seconds, `count` times."""
     frames = 250 if setup.is_cuda else 20
-    paths = [setup.folder / f"kinetics-{i}.mp4" for i in range(2)]
-    for path in paths:
-        benchmark.synthetic_video(path, frames, 256, 340, rate=25, key_frames=frames)
+    path = setup.folder / "kinetics.mp4"
+    benchmark.synthetic_video(path, frames, 256, 340, rate=25, key_frames=frames)
     source = setup.folder / "kinetics.txt"
-    source.write_text("".join(f"{paths[i % 2]}\n" for i in range(count)))
+    source.write_text(f"{path}\n" * count)
     return source
 
 
