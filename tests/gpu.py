@@ -102,7 +102,12 @@ class Setup(NamedTuple):
     def toy_lists(self):
         """The settings that train on a small toy set, which is made on first use."""
         root = self.folder / "toy"
-        data.make_toy_set(root, {"train": 48, "val": 16})
+        # In another process, since one that has computed with several threads must not be
+        # forked, and Script forks
+        maker = multiprocessing.get_context("fork").Process(
+            target=data.make_toy_set, args=(root, {"train": 48, "val": 16}))
+        maker.start()
+        maker.join()
         return ["data.root=", f"data.train={root / 'train.txt'}", f"data.val={root / 'val.txt'}"]
 
 
@@ -334,16 +339,15 @@ def check_attention(setup):
 # --- Numbers: parity, draws, fp16 -------------------------------------------
 
 # Of loss, gradient's norm and gradient
-PARITY = {"fp32": (1e-3, 1e-2, 2e-2), "bf16": (1e-2, 2e-2, 1e-1), "fp16": (1e-2, 2e-2, 1e-1)}
+PARITY = {"fp32": (1e-3, 1e-2, 1e-2), "bf16": (1e-2, 2e-2, 5e-2), "fp16": (1e-2, 2e-2, 5e-2)}
 
 
 def check_parity(setup):
-    """The device computes the loss and gradient that the CPU computes in fp32, with the
-    attention written out.
+    """The device computes the loss and gradient that the CPU does in fp32, attention written out.
 
     In fp32 (TF32 on a GPU) the loss agrees to 1e-3, the gradient's norm to 1e-2 and the
-    gradient, as the length of the difference, to 2e-2; in bf16 and fp16 to 1e-2, 2e-2 and
-    1e-1. For both trainings, in eval mode, since drop path draws otherwise. fp16 on a GPU only.
+    gradient, by the length of the difference, to 1e-2; in bf16 and fp16 to 1e-2, 2e-2 and
+    5e-2. For both trainings, in eval mode, since drop path draws otherwise. fp16 on a GPU only.
     """
     config = setup.settings()
     found = []
@@ -687,13 +691,12 @@ def check_memory(setup):
 
 
 def kinetics_like_list(setup, count):
-    """A list of `count` lines that name two files of Kinetics' size, 340 x 256."""
+    """A list that names a file of Kinetics' size, 340 x 256 and ten seconds, `count` times."""
     frames = 250 if setup.is_cuda else 20
-    paths = [setup.folder / f"kinetics-{i}.mp4" for i in range(2)]
-    for path in paths:
-        benchmark.synthetic_video(path, frames, 256, 340, rate=25, key_frames=frames)
+    path = setup.folder / "kinetics.mp4"
+    benchmark.synthetic_video(path, frames, 256, 340, rate=25, key_frames=frames)
     source = setup.folder / "kinetics.txt"
-    source.write_text("".join(f"{paths[i % 2]}\n" for i in range(count)))
+    source.write_text(f"{path}\n" * count)
     return source
 
 
@@ -796,7 +799,7 @@ class Script:
 
 
 def killed_and_resumed(setup):
-    """Pretrain, kill it after some steps, and resume: the log has every step once."""
+    """Pretrain, kill it after some steps, and resume. Returns the step that was resumed."""
     words = ["pretrain.batch=8", "pretrain.epochs=8", "run.save_minutes=0"]
     start = partial(Script, setup, "train_pretrain.py", *words, output="pretrain")
     script = start()
@@ -809,9 +812,12 @@ def killed_and_resumed(setup):
     script.process.join()
     reached = load_checkpoint(script.output / "last.pt")["step"]
     require(0 < reached < 48, f"pretraining was killed at step {reached} of 48")
+    before = read_log(script.output)[:reached]
     start().finish()
-    steps = [entry["step"] for entry in read_log(script.output)]
+    log = read_log(script.output)
+    steps = [entry["step"] for entry in log]
     require(steps == list(range(1, 49)), f"the log has the steps {steps}")
+    require(log[:reached] == before, "the steps before the checkpoint were made again")
     return reached
 
 
