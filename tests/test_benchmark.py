@@ -238,7 +238,6 @@ def test_a_number_that_is_none_is_not_close():
         gpu.require_close("a loss", float("nan"), 1.0, tolerance=1.0)
 
 
-
 # --- The figures ------------------------------------------------------------
 
 
