@@ -269,7 +269,7 @@ def test_a_worker_killed_by_the_system_is_explained(toy, tmp_path):
     os.kill(worker, signal.SIGKILL)
     _, err = script.finish(status=1)
     assert "a worker process has ended" in err.splitlines()[-1]
-    assert "set run.workers lower" in err and "Traceback" not in err
+    assert "set run.workers (or --workers) lower" in err and "Traceback" not in err
 
 
 @pytest.mark.slow
