@@ -375,7 +375,7 @@ def test_hugging_faces_videomae_and_ours_take_each_others_weights(tmp_path, monk
     theirs.save_pretrained("MCG-NJU/videomae-base")
     exec(recipe("from_pretrained("), names)
     probe = train_finetune.build_model(config, classes=8)
-    train_finetune.load_weights(probe, "videomae-base.pth", config, data.TOY_CLASSES)
+    train_finetune.load_weights(probe, "videomae-base.pth", data.TOY_CLASSES)
     assert_same_features(probe.encoder, theirs.videomae)
 
 
