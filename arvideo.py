@@ -365,7 +365,7 @@ class Encoder(nn.Module):
         self.apply(initialise)
 
     def resize(self, frames, size):
-        """Take clips of so many frames, size x size, from now on: interpolate the positions."""
+        """From now on take clips of `frames` x `size` x `size`, with interpolated positions."""
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
         # Into .data, so that positions which a fork has made a parameter stay that parameter
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
@@ -398,8 +398,8 @@ class Encoder(nn.Module):
 class DecoderBlock(nn.Module):
     """Cross-attention and MLP, each after a norm, added to its input.
 
-    With `group_size` (Table 9), each group of so many queries, those of one cluster, first
-    attend to one another.
+    With `group_size` (Table 9), the queries of one cluster first attend to one another. They
+    stand together, `group_size` for each cluster.
     """
 
     def __init__(self, width, heads, mlp_ratio, group_size=None):

@@ -463,8 +463,8 @@ def read_packets(container, stream):
                 break
             if packet.size and not packet.is_corrupt:
                 packets.append(packet)
-    # These decoders fail at frames whose references are missing, as they may be before the first
-    # key frame
+    # These decoders fail at a frame whose references are missing. That may be so before the first
+    # key frame.
     if stream.codec_context.name in ("hevc", "vp8", "vp9"):
         packets = list(dropwhile(lambda packet: not packet.is_keyframe, packets))
     # Discard packets are decoded but not shown: an edit list has cut them off
@@ -843,9 +843,9 @@ RAND_AUGMENT = (
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
 # The operations below give the pixels of Pillow, which timm and VideoMAE augment with, up to one
-# grey level where it rounds in between. They
-# go from plane to plane (a channel of a frame, [H, W]), because the floats and indices of
-# one plane stay in the processor's cache. A box is (top, left, height, width).
+# grey level where it rounds in between. They go from plane to plane (a channel of a frame,
+# [H, W]), because the floats and indices of one plane stay in the processor's cache. A box is
+# (top, left, height, width).
 
 
 def look_up(clip, tables):

@@ -248,7 +248,8 @@ def evaluate(model, entries, config, machine, clips, crops):
     view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
     batch_size = max(1, view_limit // (clips * crops))
     groups = torch.arange(len(entries)).split(batch_size)[machine.rank::machine.world_size]
-    order = [i for group in groups for i in group.tolist()]     # which makes the same batches again
+    # load_batches divides this order into the same groups again
+    order = [i for group in groups for i in group.tolist()]
     batches = data.load_batches(
         videos, batch_size, order, machine.workers,
         pin_memory=machine.device.type == "cuda", context=machine.worker_context)
@@ -372,7 +373,7 @@ def read_training_list(settings):
     return train, classes
 
 
-def read_lists(settings):
+def read_labelled_lists(settings):
     """The Lists to train with, from section `data`. The test's may be without labels."""
     train, classes = read_training_list(settings)
     val, _ = data.read_split(settings, "val", classes)
@@ -403,7 +404,7 @@ def read_test_list(settings, classes):
 
 
 def resumes(config):
-    """Whether the run goes on from the last.pt in run.output."""
+    """Whether the run resumes from the last.pt in run.output."""
     last_pt = Path(config["run"]["output"], "last.pt")
     return last_pt.exists() and not config["finetune"]["test_only"]
 
@@ -477,7 +478,7 @@ def take_test_settings(path, saved, config, given):
 
 
 def adopt_settings(config, given):
-    """Copy into the settings what the first checkpoint determines, before the model is built.
+    """Copy into the settings what the starting checkpoint determines, before building the model.
 
     `given` are the settings of the command line, which have the last word on a test.
     Returns (class names or None, lines to print).
@@ -651,7 +652,7 @@ def finetune(config, given=frozenset()):
     if settings["test_only"]:
         lists = machine.from_first(read_test_list, config["data"], known_classes)
     else:
-        lists = machine.from_first(read_lists, config["data"])
+        lists = machine.from_first(read_labelled_lists, config["data"])
     model = machine.prepare(build_model(config, len(lists.classes)))
     origin = begin(model, config, lists.classes)
     if machine.is_first:

@@ -558,7 +558,7 @@ class Log:
         self.board = None
 
     def open(self, step):
-        """Go on after `step`."""
+        """Make the folder and continue log.jsonl after `step`."""
         output = self.output
         output.mkdir(parents=True, exist_ok=True)
         self.lock = self.lock or lock_folder(output)
@@ -663,11 +663,9 @@ class Training:
                             f"{'; '.join(differing)}. Restore these values or choose another "
                             "run.output")
 
-    def begin(self):
-        """In the first process: print what will happen, and open the log."""
+    def print_plan(self):
         if not self.machine.is_first:
             return
-        self.log.open(self.step)
         plan = self.plan
         machine = self.machine
         settings = self.config[self.stage]
@@ -710,6 +708,10 @@ class Training:
             self.machine.stop(
                 f"{self.unreadable} of {self.tried} videos tried were unreadable, more than "
                 f"data.max_unreadable={limit}; `python data.py check` lists them")
+
+    def open_log(self):
+        if self.log:
+            self.log.open(self.step)
 
     def log_step(self, loss, lr, norm, seconds, waited):
         """Log a step that took `seconds`, of which this process waited `waited` for data."""
@@ -849,7 +851,8 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
     plan = training.plan
     if training.step == plan.steps:
         return False
-    training.begin()
+    training.print_plan()
+    training.open_log()
     if training.step == 0:
         end_epoch(0, False, training.log)
     forward = wrap_model(model, machine)
@@ -865,8 +868,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             loss, reasons, waited = accumulate_gradients(
                 forward, batches, step, plan, machine, loss_of)
             norm = clip_gradients(machine, model, optimizer, config[stage]["clip_norm"])
-            # Here alone a step waits for the GPU. The norm is the same in all processes, and goes
-            # through the sum so that all four come at once.
+            # Here a step waits for the GPU. The norm is in the sum only to come with the others
             loss, norm, unreadable, stopping = machine.sum(
                 loss / machine.world_size, norm / machine.world_size, len(reasons), len(signals))
             training.require_finite(loss, norm, lr)

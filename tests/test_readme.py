@@ -200,7 +200,7 @@ def test_the_readme_shows_what_the_first_command_prints(tmp_path, monkeypatch, c
     machine = train_pretrain.Machine(config["run"])
     videos = data.TOY_CLIPS["train"]
     train_pretrain.print_start(config, model, videos)
-    train_pretrain.Training(config, "pretrain", machine, model, None, videos, {}).begin()
+    train_pretrain.Training(config, "pretrain", machine, model, None, videos, {}).print_plan()
     printed = capsys.readouterr().out.splitlines()
     shown, = code_blocks(README, "text")
     assert len(shown.splitlines()) >= 3
