@@ -560,11 +560,12 @@ def print_start(config, model, lists, origin, lines):
     if any(clip) and clip != [frames, size]:
         lines = [*lines, "  positions  interpolated from those of clips of "
                          f"{clip[0]} frames, {clip[1]} x {clip[1]}"]
-    print(f"ARVideo {'fine-tuning' if probe == 'none' else probe + ' probe'}\n"
+    kind = "fine-tuning" if probe == "none" else f"{probe} probe"
+    print(f"ARVideo {kind}{', test alone' if settings['test_only'] else ''}\n"
           f"  data       {', '.join(counts)}; "
           f"{settings['sampling']} clips of {frames} frames{stride}, "
           f"{size} x {size}, flip {settings['flip']}\n"
-          f"  model      {million:.1f} M parameters to train\n"
+          f"  model      {million:.1f} M trainable parameters\n"
           f"  start      {origin}", *lines, sep="\n")
 
 
