@@ -632,7 +632,11 @@ class ARVideo(nn.Module):
 
         Elsewhere both are zero, the mean colour. With normalise_target a cube's mean and deviation
         come from the true video, since the model predicts the pattern alone.
+        Raises ValueError if a fork's targets are no pixels.
         """
+        if self.target_shape() != ARVideo.target_shape(self):
+            raise ValueError("these targets are no pixels and cannot be drawn: set "
+                             "pretrain.picture_epochs=0, or override reconstruct")
         cubes = video_to_cubes(video, self.cube)                        # [B, N, 3, P]
         seen, queried = self.line_up(order, visible, predicted)         # [B, S], [B, Q]
         mean, deviation = self.statistics(take(self.target(video, cubes), queried))

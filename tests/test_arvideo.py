@@ -291,6 +291,21 @@ def test_a_share_of_the_tokens_is_predicted_as_if_all_were(kind):
     assert half.forward(small_video(), order, visible, predicted).isfinite()
 
 
+def test_targets_that_are_no_pixels_are_not_drawn():
+    class Brightness(ARVideo):
+        def target_shape(self):
+            return (3,)
+
+        def target(self, video, cubes):
+            return cubes.mean(3)
+
+    model = Brightness(**SMALL)
+    draw = model.draw(2)
+    assert model(small_video(), *draw).isfinite()
+    with pytest.raises(ValueError, match="cannot be drawn: set pretrain.picture_epochs=0"):
+        model.reconstruct(small_video(), *draw)
+
+
 def test_self_attention_refuses_queries_that_are_no_whole_clusters():
     """Grouped by their number alone, those of several videos would be mixed."""
     model = small_model(decoder_self_attention=True)
