@@ -20,7 +20,6 @@ alone, not on workers, processes or restarts.
 
 import argparse
 import atexit
-import bisect
 import contextlib
 import csv
 import hashlib
@@ -69,7 +68,7 @@ def stream_seed(seed, purpose, *numbers):
     """The seed of a random stream that no other purpose, and no other numbers, share."""
     text = " ".join(map(str, (seed, purpose, *numbers)))
     digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    return int.from_bytes(digest[:7], "big")            # 56 bits, which every generator takes
 
 
 # --- Annotations, read as downloaded ----------------------------------------
@@ -88,18 +87,21 @@ def has_suffix(path, suffixes):
 def videos_below(folder):
     """The videos in a folder and its subfolders, links followed, in alphabetical order.
 
-    A folder of images, without videos or folders in it, is a video itself: its frames.
+    A folder that holds images, and no videos or folders, counts as one video.
     Hidden files and folders are left out, and so are those that macOS adds to archives.
     """
     videos = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         parent = Path(parent)
         names = [name for name in names if not name.startswith(".")]
-        # A link to a folder that holds this one would be followed for ever
-        resolved = parent.resolve()
+
+        def is_loop(name):
+            """True for a link to this folder or one above, which would be followed for ever."""
+            return parent.resolve().is_relative_to((parent / name).resolve())
+
+        # os.walk goes into those that stay in this list
         folders[:] = [name for name in folders
-                      if not name.startswith((".", "__MACOSX"))
-                      and not resolved.is_relative_to((parent / name).resolve())]
+                      if not name.startswith((".", "__MACOSX")) and not is_loop(name)]
         here = [parent / name for name in names if has_suffix(name, VIDEO_SUFFIXES)]
         has_images = any(has_suffix(name, IMAGE_SUFFIXES) for name in names)
         if has_images and not here and not folders:
@@ -140,7 +142,8 @@ def read_folder(source):
     videos = videos_below(source)
     if not videos:
         raise UserError(f"{source}: there are no videos in this folder or below it")
-    # No classes if a video lies directly in the folder, or if the folder is itself one: its images
+    # There are no classes if a video lies directly in the folder, or if the folder is one video, as
+    # images
     if any(source in (path, path.parent) for path in videos):
         return [(path, None) for path in videos]
     named = [(path, path.relative_to(source).parts[0]) for path in videos]
@@ -209,23 +212,23 @@ def read_list(source, text, folders):
         line = line.strip()
         if not line:
             continue
+        # A name, then blanks, a comma or a semicolon, then a number
         labelled = re.fullmatch(r"(.+?)(\s+|\s*[,;]\s*)(\d+)", line)
         if labelled:
             name, separator, label = labelled.groups()
             label = int(label)
-            form = f"path{separator.strip() or ' '}label"
+            form = f"path{separator.strip() or ' '}label"       # such as "path,label"
         else:
             name = line
             label = None
             form = "path"
-        # The pattern takes `a.mp4 0 1` for the name `a.mp4 0` and the label 1. To notice that,
-        # a name must end as a video's does, or exist.
+        # In `a.mp4 0 1` the pattern finds the name `a.mp4 0`. Such mistakes are noticed, since a
+        # name must have a video's suffix, or exist.
         if not has_suffix(name, VIDEO_SUFFIXES) and not find_file(name, folders):
             header = "; if it is a header, remove it" if not named else ""
             raise UserError(f"{source}:{line_number}: expected `path label`, `path,label` or "
                             f"`path`. The label is one number. The path must have the suffix of a "
-                            f"video or be an existing folder of images. "
-                            f"Found: {line[:200]}{header}")
+                            f"video, or exist. Found: {line[:200]}{header}")
         first_form = first_form or form
         if form != first_form:
             raise UserError(f"{source}:{line_number}: expected `{first_form}`, as in the lines "
@@ -244,7 +247,8 @@ def read_class_names(path):
 def refuse_other_names(source, names, classes):
     """UserError if `names`, the content of classes.txt, are not the known `classes`.
 
-    Known classes called "0", "1", ... have no real names, so nothing is compared.
+    Fine-tuning calls the classes of a list without classes.txt "0", "1" and so on. These
+    are no real names, and are not compared.
     """
     if not names or not classes or classes == [str(i) for i in range(len(classes))]:
         return
@@ -256,11 +260,10 @@ def refuse_other_names(source, names, classes):
 
 def find_file(name, folders):
     """The video `name` below one of the folders, or what `shrink` made of it, or None."""
-    names = [name, os.path.splitext(name)[0] + ".mp4"]
-    if not has_suffix(name, VIDEO_SUFFIXES):
-        names = [name, name + ".mp4"]                   # a folder of images
+    # A name without a video's suffix is that of a folder of images
+    stem = os.path.splitext(name)[0] if has_suffix(name, VIDEO_SUFFIXES) else name
     for folder in folders:
-        for candidate in names:
+        for candidate in (name, stem + ".mp4"):
             path = folder / candidate
             if os.path.isfile(path) or is_image_folder(path):
                 return path
@@ -320,20 +323,21 @@ def read_annotations(source, root="", classes=None):
     - Kinetics' CSV
     - Something-Something's JSON, with labels.json beside it
     - a list of lines `path label`, `path,label` or `path`; classes.txt may be beside it
-    Videos are looked for below `root`, or beside the annotations if `root` is empty. Paths of
-    a list may be relative to either. `classes`, the names known from the training set or
-    from a checkpoint, fixes the class numbers.
+    Videos are looked for below `root`, or beside the annotations if `root` is empty. The
+    paths of a list may always be relative to the list's folder. `classes`, the names known
+    from the training set or from a checkpoint, fixes the class numbers.
     UserError names the file, the line and what is wrong.
     """
     # Find the annotations, as given or below root, and the folder of the videos
-    candidates = list(dict.fromkeys(Path(folder, source).expanduser() for folder in ("", root)))
+    candidates = [Path(source).expanduser(), Path(root, source).expanduser()]
     existing = [path for path in candidates if path.exists()]
     if not existing:
-        raise UserError(f"{' and '.join(map(str, candidates))}: there is no such annotation "
-                        "file; look at data.root, data.train and data.val")
+        tried = " and ".join(map(str, dict.fromkeys(candidates)))       # each once
+        raise UserError(f"{tried}: there is no such annotation file; look at data.root, "
+                        "data.train and data.val")
     source = existing[0]
     root = Path(root).expanduser() if root else source.parent
-    # If source is a folder of videos, root is not used and may be missing (a preset sets one)
+    # A folder of videos needs no root. A preset may set one all the same, which need not exist.
     if not source.is_dir() and not root.is_dir():
         raise UserError(f"{root}: there is no such folder of videos (data.root)")
 
@@ -347,7 +351,7 @@ def read_annotations(source, root="", classes=None):
         cells = [cell.strip(' \r"').lower() for cell in re.split("[,;\t]", first_line)]
         # JSON begins with `[{`, with `[]`, or with a line that is only `[`. A list may begin
         # with a video that is named `[1].mp4`.
-        if re.match(r"\[\s*([{\]]|$)", first_line):
+        if first_line.startswith("[") and first_line[1:].lstrip()[:1] in ("", "{", "]"):
             named = read_something(source, text)
             classes = classes or read_something_classes(source)
             find = files_by_stem(root).get
@@ -359,6 +363,7 @@ def read_annotations(source, root="", classes=None):
             named = read_list(source, text, folders)
             find = partial(find_file, folders=folders)
             names = read_class_names(source.with_name("classes.txt"))
+            # Without labels, no number can mean another class
             if named and named[0][1] is not None:
                 refuse_other_names(source, names, classes)
             classes = classes or names
@@ -451,7 +456,7 @@ def refuse_damaged(frame):
 
 
 def read_packets(container, stream):
-    """The stream's packets, up to a break in the file: what precedes it is good.
+    """The stream's packets. If the file is broken somewhere, those before that place.
 
     Reading them is cheap, and they tell more than a header, which may be wrong.
     """
@@ -463,11 +468,11 @@ def read_packets(container, stream):
                 break
             if packet.size and not packet.is_corrupt:
                 packets.append(packet)
-    # These decoders fail at a frame whose references are missing. That may be so before the first
-    # key frame.
+    # These decoders fail at frames before the first key frame, whose references are missing
     if stream.codec_context.name in ("hevc", "vp8", "vp9"):
         packets = list(dropwhile(lambda packet: not packet.is_keyframe, packets))
-    # Discard packets are decoded but not shown: an edit list has cut them off
+    # Discard packets are decoded but not shown: an edit list has cut them off. There may also be no
+    # packets at all.
     if all(packet.is_discard for packet in packets):
         raise ValueError("it holds no video frames")
     return packets
@@ -488,7 +493,7 @@ def holds_idr(packet, is_mpegts):
             length = int.from_bytes(content[:4], "big")
             units.append(content[4:4 + length])
             content = content[4 + length:]
-    return any(unit and unit[0] & 31 == 5 for unit in units)
+    return any(unit and (unit[0] & 31) == 5 for unit in units)      # type 5: an IDR picture
 
 
 def timestamps_identify_frames(container, stream, packets):
@@ -500,8 +505,8 @@ def timestamps_identify_frames(container, stream, packets):
     # MKV have wrong timestamps.
     if "mov" not in formats and "mpegts" not in formats and decoder.name != "vp9":
         return False
-    # With other codecs a packet may hold no picture, or the first packet may be marked as a key
-    # frame and be none
+    # With other codecs a packet may hold no picture, or the first packet may be wrongly marked as a
+    # key frame
     if decoder.name not in ("h264", "hevc", "vp9", "libdav1d"):
         return False
     if None in times or len(set(times)) < len(times):
@@ -526,23 +531,22 @@ def timestamps_identify_frames(container, stream, packets):
 
 
 def packets_needed(packets, wanted):
-    """Numbers of the packets to decode for the wanted timestamps.
+    """The set of numbers of the packets to decode for the wanted timestamps.
 
     Decoding goes from a key frame up to each wanted frame. It starts at the last key frame
-    that is both stored and shown no later than the wanted frame. A frame that is stored
-    after a key frame but shown before it (in an open group of pictures) may refer to frames
-    before that key frame.
+    that comes no later than the wanted frame, both in the file and on screen. On screen too,
+    because a frame that follows a key frame in the file, but is shown before it (in an open
+    group of pictures), may need frames from before that key frame.
     """
     number_of = {packet.pts: i for i, packet in enumerate(packets)}
     keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
     needed = set()
     for pts in wanted:
         end = number_of[pts]
-        before = keys[:bisect.bisect_right(keys, end)]
         # The first packet is a key frame and shown first, so there always is one
-        start = next(i for i in reversed(before) if packets[i].pts <= pts)
+        start = max(i for i in keys if i <= end and packets[i].pts <= pts)
         needed.update(range(start, end + 1))
-    return sorted(needed)
+    return needed
 
 
 def decode_indexed(decoder, packets, wanted, convert):
@@ -557,14 +561,13 @@ def decode_indexed(decoder, packets, wanted, convert):
     """
     frames = {}
     needed = packets_needed(packets, wanted)
-    for i, following in zip(needed, [*needed[1:], None]):
+    for i in sorted(needed):
         packet = packets[i]
         # H.264 can leave out unwanted frames that no other frame refers to
         if decoder.name == "h264":
             decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
         decoded = decoder.decode(packet)
-        is_last_before_gap = following != i + 1
-        if is_last_before_gap:
+        if i + 1 not in needed:                         # a gap, or the end
             decoded += decoder.decode(None)
             decoder.flush_buffers()
         for frame in decoded:
@@ -577,20 +580,23 @@ def decode_indexed(decoder, packets, wanted, convert):
 def decode_all(decoder, packets):
     """Every frame, in the order of display.
 
-    If a file breaks off, its last packet may be cut short. Its frame is left out if damaged.
+    If the file breaks off, the last packet may be incomplete. A damaged last frame is left
+    out.
     """
     last = packets[-1]
     for packet in [*packets, None]:                     # None drains the decoder
         try:
             frames = decoder.decode(packet)
         except av.error.FFmpegError:
+            # Only the last packet may fail. The decoder is drained all the same.
             if packet is not last:
                 raise
             continue
         for frame in frames:
             is_last = last.pts is not None and frame.pts == last.pts
-            if not (frame.is_corrupt and is_last):
-                yield frame
+            if frame.is_corrupt and is_last:
+                continue
+            yield frame
 
 
 def decode_counted(decoder, packets, wanted, convert):
@@ -636,12 +642,14 @@ def decode_clips(container, stream, choose, convert):
             frames = decode_indexed(decoder, packets, wanted, convert)
             if len(frames) == len(wanted):
                 return clips, frames
-        decoder.skip_frame = "DEFAULT"
 
-    # Else decode from the start. The first guess is a frame for each packet. If there are fewer,
-    # decode_counted tells how many, and the second pass succeeds. If there are none, it ends.
+    # Else decode from the start. First assume one frame for each packet. If fewer came out, the
+    # decoder ran to the end, and their number is the true one: try again with it. If none came,
+    # give up.
     count = len(packets)
     while count:
+        # The attempt before may have left the decoder anywhere
+        decoder.skip_frame = "DEFAULT"
         decoder.flush_buffers()
         clips = clamp(choose(count), count)
         wanted = {number for clip in clips for number in clip}
@@ -652,10 +660,11 @@ def decode_clips(container, stream, choose, convert):
 
 
 def orientation(frame):
-    """How to turn a frame upright: (swap rows and columns, then flip rows, then flip columns).
+    """Three booleans, the steps that turn a frame upright, in this order.
 
-    From the display matrix of its file, which takes a point (x, y) to
-    (a x + c y, b x + d y). Only quarter turns and reflections occur.
+    Swap rows with columns; flip the rows; flip the columns. They follow from the display
+    matrix of its file, which takes a point (x, y) to (a x + c y, b x + d y). Only quarter
+    turns and reflections occur.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -664,8 +673,8 @@ def orientation(frame):
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, False, False
     if abs(a * d) > abs(b * c):
-        return False, d < 0, a < 0      # to (a x, d y): rows are flipped if d is negative
-    return True, b < 0, c < 0           # to (c y, b x): rows are flipped if b is negative
+        return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
+    return True, b < 0, c < 0                           # (x, y) becomes (c y, b x)
 
 
 def assemble(clips, frames):
@@ -678,8 +687,9 @@ def assemble(clips, frames):
             frame = reformat(frame, width=first.width, height=first.height)
         plane = frame.planes[0]
         shape = (frame.height, frame.width, 3)
-        pixels[frame_id] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(
-            shape, (plane.line_size, 3, 1))             # a view: nothing is copied yet
+        # A view, without a copy. FFmpeg pads every row to line_size bytes.
+        strides = (plane.line_size, 3, 1)
+        pixels[frame_id] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(shape, strides)
 
     swap, flip_rows, flip_columns = orientation(first)
     flipped = [dim for dim, flip in ((1, flip_rows), (2, flip_columns)) if flip]
@@ -795,8 +805,9 @@ def segment_views(count, frames, clips):
 def pretraining_clip(clip, size, flip):
     """VideoMAE's multi-scale crop: uint8 [T, 3, H, W] -> [T, 3, size, size].
 
-    Height and width are each the short side times one of four scales, which are equal
-    or neighbours. The crop is at one of 13 positions. Mirrored at random if `flip`.
+    Height and width are the short side times one of four scales each. The two scales are
+    equal or next to each other. The crop is at one of 13 positions. Mirrored at random if
+    `flip`.
     """
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales)
@@ -842,16 +853,17 @@ RAND_AUGMENT = (
 # Of these, those whose result at a pixel depends on that pixel alone
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
-# The operations below give the pixels of Pillow, which timm and VideoMAE augment with, up to one
-# grey level where it rounds in between. They go from plane to plane (a channel of a frame,
-# [H, W]), because the floats and indices of one plane stay in the processor's cache. A box is
-# (top, left, height, width).
+# The operations below give the same pixels as Pillow's, which timm and VideoMAE use. They differ
+# by at most one grey level, where Pillow rounds an intermediate result. They go from plane to
+# plane (a channel of a frame, [H, W]), because the floats and indices of one plane stay in the
+# processor's cache. A box is (top, left, height, width).
 
 
 def look_up(clip, tables):
     """Replace every value v by table[v], with its decimals cut off and within 0 to 255.
 
-    `tables` is one table [256], or [T, 3, 256], where 1 in place of 3 serves all channels.
+    `tables` is [256], [T, 1, 256] or [T, 3, 256]: one table, one for each frame, or one for
+    each plane.
     """
     tables = tables.clamp(0, 255).byte().expand(*clip.shape[:2], 256)
     result = torch.empty_like(clip, memory_format=torch.contiguous_format)
@@ -864,9 +876,10 @@ def look_up(clip, tables):
 def autocontrast_tables(clip):
     """[T, 3, 256]: they stretch a plane's values so that these reach from 0 to 255."""
     values = torch.arange(256)
+    # Double precision, as Pillow
     low = clip.amin((2, 3)).double()[..., None]                 # [T, 3, 1]
     high = clip.amax((2, 3)).double()[..., None]
-    stretch = 255 / (high - low)
+    stretch = 255 / (high - low)        # infinite, but not used, where high equals low
     return torch.where(high > low, values * stretch - low * stretch, values)
 
 
@@ -878,7 +891,8 @@ def equalize_tables(clip):
         darker = histogram.cumsum(0) - histogram                # pixels below each value
         # As Pillow: pixels for each value of the result, without those of the brightest value.
         # Adding step // 2 rounds.
-        step = darker[plane.max().int()] // 255
+        brightest = histogram[plane.max().int()]
+        step = (plane.numel() - brightest) // 255
         tables.append((step // 2 + darker) // step if step > 0 else torch.arange(256))
     return torch.stack(tables).unflatten(0, clip.shape[:2])
 
@@ -910,6 +924,7 @@ def sharpness(clip, factor):
         rows = values[:-2] + values[1:-1] + values[2:]
         squares = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]    # sums of 3 x 3 pixels
         middle = values[1:-1, 1:-1]
+        # Pillow's filter has the weight 5 in the middle, and 1 for the 8 neighbours
         blurred = ((squares + 4 * middle) / 13).round()
         changed = torch.lerp(blurred, middle.float(), factor)
         new[1:-1, 1:-1] = changed.clamp_(0, 255).short()
@@ -936,29 +951,30 @@ def warp(clip, matrix, box):
     down = (from_y - 0.5 - row).flatten()
 
     def places(row, column):
-        """Indices into a flattened plane, with H W for a grey pixel that is appended below."""
+        """Indices into a flattened plane, and H * W for a grey pixel that stands after it."""
         place = row.clamp(0, H - 1) * W + column.clamp(0, W - 1)
         return place.masked_fill(outside, H * W).flatten()
 
     upper = places(row, column), places(row, column + 1)
     lower = places(row + 1, column), places(row + 1, column + 1)
 
-    # Shears and moves are along one axis, and need half of these pixels
+    # Shears and moves leave one axis as it is, and along that nothing falls between two pixels
     along_x = to_right.any()
     along_y = down.any()
+
+    def along_row(pixels, left, right):
+        """The values between two pixels of a row."""
+        value = pixels.index_select(0, left).float()
+        if along_x:
+            value = value.lerp(pixels.index_select(0, right).float(), to_right)
+        return value
+
     result = torch.empty(*clip.shape[:2], height, width, dtype=torch.uint8)
     for plane, new in zip(clip.flatten(0, 1), result.flatten(0, 1)):
-        pixels = F.pad(plane.flatten(), (0, 1), value=128)
-
-        def between(pair):
-            value = pixels.index_select(0, pair[0]).float()
-            if along_x:
-                value = value.lerp(pixels.index_select(0, pair[1]).float(), to_right)
-            return value
-
-        value = between(upper)
+        pixels = F.pad(plane.flatten(), (0, 1), value=128)      # the grey pixel
+        value = along_row(pixels, *upper)
         if along_y:
-            value = value.lerp(between(lower), down)
+            value = value.lerp(along_row(pixels, *lower), down)
         new.copy_(value.short().view_as(new))
     return result
 
@@ -1015,15 +1031,15 @@ def augment_once(clip, name, level, sign, box):
     return tv.crop(sharpness(clip, factor), *box)
 
 
-def draw_operations(operations, magnitude):
+def draw_operations(count, magnitude):
     """[(name, level, sign), ...] of the operations that a clip undergoes.
 
-    As timm's `rand-m<magnitude>-n<operations>-mstd0.5-inc1`: `operations` are drawn, each
-    kept with probability 0.5. Strengths are normal around `magnitude` (0 to 10) with
+    As timm's `rand-m<magnitude>-n<count>-mstd0.5-inc1`: draw this many operations, and keep
+    each with probability 0.5. Strengths are normal around `magnitude` (0 to 10) with
     deviation 0.5. torchvision's RandAugment has neither this probability nor these strengths.
     """
     kept = []
-    for _ in range(operations):
+    for _ in range(count):
         name = RAND_AUGMENT[torch.randint(len(RAND_AUGMENT), ()).item()]
         sign = 1 if torch.rand(()) < 0.5 else -1
         strength = magnitude + 0.5 * torch.randn(()).item()
@@ -1036,8 +1052,8 @@ def draw_operations(operations, magnitude):
 def rand_augment(clip, operations, box):
     """The box of a uint8 clip [T, 3, H, W] after these operations, the same for all frames.
 
-    It works backwards. Where the last operation is pointwise, the earlier ones need only give
-    the box, else the whole frame.
+    Recursive, from the last operation. If that is pointwise, it needs only the box of what
+    the earlier ones give, else the whole frame.
     """
     if not operations:
         return tv.crop(clip, *box)
@@ -1059,7 +1075,8 @@ def random_erasing(clip, probability):
     box = RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)).make_params([clip])
     if box["v"] is None:
         return clip
-    # torchvision's own noise would be the same in all frames
+    # torchvision's own noise would be the same in all frames. VideoMAE's is standard noise after
+    # normalising, so here it gets ImageNet's mean and deviation.
     noise = torch.randn(len(clip), 3, box["h"], box["w"])
     noise = noise * IMAGENET_STD[:, 0] + IMAGENET_MEAN[:, 0]            # of shape [3, 1, 1]
     box["v"] = (noise.clamp(0, 1) * 255).byte()
@@ -1069,7 +1086,7 @@ def random_erasing(clip, probability):
 def finetuning_clip(clip, size, flip, crop_area, rand_augment_strength, erase):
     """RandAugment, random crop, flip, random erasing: [T, 3, H, W] -> [T, 3, size, size].
 
-    `rand_augment_strength` is (operations, magnitude).
+    `rand_augment_strength` is (number of operations, magnitude).
     """
     operations = draw_operations(*rand_augment_strength)
     crop = RandomResizedCrop(size, scale=crop_area, ratio=(3 / 4, 4 / 3))
@@ -1100,7 +1117,8 @@ def normalise(clips, device):
 class Sample(NamedTuple):
     """What is read of one listed video: R clips or test views, uint8 [R, 3, T, size, size].
 
-    `clips` is None if no video could be read. The label is the number of the class, or -1.
+    `clips` is None if no video could be read. The label is the number of the class; without
+    one it is -1 in training, and None in a test, which does not use it.
     `unreadable` holds the reasons of all videos that were tried and could not be read.
     """
     clips: torch.Tensor | None
@@ -1227,6 +1245,31 @@ def kill_workers():
         worker.kill()
 
 
+def start_loading(loader):
+    """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
+    others = multiprocessing.active_children()
+    context = loader.multiprocessing_context or multiprocessing
+    if loader.num_workers and context.get_start_method() == "forkserver":
+        # The server imports what workers need once, and they begin as its copies
+        multiprocessing.set_forkserver_preload(["__main__", __name__])
+        # The resource tracker, which the server needs, starts first: its start would unblock
+        # SIGTERM, which is blocked next
+        resource_tracker.ensure_running()
+    # The DataLoader starts the fork server. It would die of a SIGTERM that is sent to all
+    # processes of a run, but it inherits a block of SIGTERM. One that comes for this process in
+    # that time is delivered afterwards.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    # When a worker dies, torch's handler would raise in whatever line is running. So it is
+    # removed, and load_batches asks whether a worker has ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return batches, [worker for worker in multiprocessing.active_children()
+                     if worker not in others]
+
+
 def load_batches(
         dataset, batch_size, order, workers, join=list, pin_memory=False, context=None):
     """Batches of dataset[key] for the keys in `order`, read ahead by worker processes.
@@ -1235,28 +1278,10 @@ def load_batches(
     `context` is how workers start, "fork" or "forkserver"; None is Python's own choice.
     Raises UserError if a worker dies.
     """
-    others = multiprocessing.active_children()
-    if (context or multiprocessing.get_start_method()) == "forkserver":
-        # The server imports what workers need once, and they begin as its copies
-        multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # Starting the resource tracker, which the server needs, unblocks SIGTERM. So it comes
-        # before the lines below, which block it.
-        resource_tracker.ensure_running()
-    # A fork server would die of a SIGTERM that is sent to all processes of a run. So SIGTERM is
-    # blocked while the server starts, and it inherits the block. A SIGTERM for this process in
-    # that time is delivered afterwards.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        batches = iter(DataLoader(
-            dataset, batch_size, sampler=order, num_workers=workers, collate_fn=join,
-            pin_memory=pin_memory, worker_init_fn=ignore_signals,
-            multiprocessing_context=context if workers else None))
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    # When a worker dies, torch's handler would raise in whatever line is running. So it is
-    # removed, and the `except` below asks whether a worker has ended.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    own = [worker for worker in multiprocessing.active_children() if worker not in others]
+    batches, own = start_loading(DataLoader(
+        dataset, batch_size, sampler=order, num_workers=workers, collate_fn=join,
+        pin_memory=pin_memory, worker_init_fn=ignore_signals,
+        multiprocessing_context=context if workers else None))
     try:
         yield from batches
     except (RuntimeError, EOFError, OSError):
@@ -1272,9 +1297,10 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# The motion of each class from one frame to the next, before the random speed: window right
-# (pixels of the texture), window down (the same), picture clockwise (radians), picture's growth
-# (logarithm of its size). When the window goes right, the picture goes left.
+# The motion of each class from one frame to the next, before the random speed:
+# (window to the right, window down, in pixels of the texture; picture's clockwise turn, in radians;
+# picture's growth, as the logarithm of its size). A window that goes right shows a picture that
+# goes left.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
@@ -1301,9 +1327,9 @@ def toy_clip(motion, generator):
     x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
     texture = (texture / texture.std() * 0.2 + 0.4 + 0.2 * brightness).clamp(0, 1)
 
-    # How many frames each one is from the middle of the clip, times the speed; and how far the
-    # motion has come there
+    # Frames from the middle of the clip, times the speed
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
+    # How far the motion has come in every frame
     window_right, window_down, turned, zoomed = (
         factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
     angle = 2 * math.pi * turn - turned     # the window turns against what is seen
@@ -1313,7 +1339,8 @@ def toy_clip(motion, generator):
     # its 128 pixels is 2 / 128. The window shifts along its own axes, so the shift is rotated too.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([window_right, window_down], 1).unsqueeze(2) * 2 / 128
-    centre = rotation @ shift + (torch.tensor([[x], [y]]) - 0.5) * 0.4
+    middle = 0.4 * (torch.tensor([[x], [y]]) - 0.5)     # at most 0.2 from the texture's centre
+    centre = rotation @ shift + middle                  # [T, 2, 1]
     matrix = rotation * torch.exp(-log_zoom).view(-1, 1, 1) * TOY_SIZE / 128
     shape = (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE)
     grid = F.affine_grid(torch.cat([matrix, centre], 2), shape, align_corners=False)
@@ -1343,7 +1370,7 @@ def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
     """Write the toy set to the folder `root`, unless that exists.
 
     The folder appears only when it is complete.
-    train.txt and val.txt list its videos, few.txt ten of train's for each class, and
+    train.txt and val.txt list its videos, few.txt lists ten of train's in each class, and
     classes.txt names the classes.
     """
     root = Path(root).expanduser()
@@ -1398,7 +1425,7 @@ def collect_reasons(function, jobs, workers):
 
 
 def unreadable_reason(path):
-    """None, or why some frame of the video cannot be read."""
+    """None, or why the video cannot be read. A file that breaks off can, up to there."""
     try:
         if os.path.isdir(path):
             for image in image_files(path):
@@ -1416,9 +1443,9 @@ def upright(frame):
     """The frame, turned and mirrored as its file asks."""
     if not any(orientation(frame)):
         return frame
-    # As a clip of one frame: assemble turns it, since a reformatted frame has its matrix still
-    clip, = assemble([[0]], {0: reformat(frame)})
-    pixels = clip[0].contiguous()
+    # assemble turns it, as a clip of one frame. The reformatted frame still carries its matrix.
+    clips = assemble(clips=[[0]], frames={0: reformat(frame)})
+    pixels = clips[0][0].contiguous()                   # [H, W, 3]
     return av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
 
 
@@ -1450,7 +1477,7 @@ def add_shrunk_stream(writer, frame, is_turned, stream, short_side, key_frames):
     scale = min(1, short_side / min(frame.width, frame.height))
     width = max(2, round(frame.width * scale / 2) * 2)          # H.264 wants even sizes
     height = max(2, round(frame.height * scale / 2) * 2)
-    # Without a pyramid no B-frame refers to another, so a reader may skip all of them
+    # Without a pyramid no frame refers to a B-frame, so a reader may skip all that it does not want
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode",
                "x264-params": "b-pyramid=none"}
     rate = stream.average_rate if stream else None
@@ -1527,10 +1554,10 @@ def shrink(source, target, short_side, key_frames, workers):
     for path in videos_below(source):
         if target in path.parents:
             continue
-        goal = target / (path.relative_to(source) if path != source else source.name)
-        if has_suffix(goal, VIDEO_SUFFIXES):
-            goal = goal.with_suffix("")
-        goal = goal.with_name(goal.name + ".mp4")
+        # If the source is a folder of images, it is itself the only video
+        name = path.relative_to(source) if path != source else Path(source.name)
+        stem = name.stem if has_suffix(name, VIDEO_SUFFIXES) else name.name
+        goal = target / name.with_name(stem + ".mp4")
         if goal in jobs:
             raise UserError(f"{path} and {jobs[goal]} would both become {goal}: rename one")
         jobs[goal] = path
@@ -1564,7 +1591,8 @@ def main():
     for_shrink.add_argument("source", metavar="SRC")
     for_shrink.add_argument("target", metavar="DST")
     for_shrink.add_argument("--short-side", type=int, default=320, help="pixels, at most")
-    for_shrink.add_argument("--key-frames", type=int, default=32, help="frames between two")
+    for_shrink.add_argument("--key-frames", type=int, default=32,
+                            help="frames from one key frame to the next")
     options = vars(parser.parse_args())
     if any(number < 1 for number in options.values() if isinstance(number, int)):
         parser.error("--workers, --short-side and --key-frames must be 1 or more")

@@ -54,8 +54,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Settings that may be "auto", which means what suits the machine. The value here only shows the
-# type that any other value must have.
+# Settings that are "auto", which means what suits the machine, or of the type of the value here.
+# Texts that may be "auto" are in CHOICES.
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -96,6 +96,7 @@ def read_settings(path):
 def refuse_unknown(value, known, what):
     """UserError for an unknown value, with the known one that it resembles most."""
     if value not in known:
+        # With cutoff=0 there always is one
         close, = difflib.get_close_matches(str(value), known, n=1, cutoff=0)
         raise UserError(f"{what} '{value}' is unknown; did you mean '{close}'? "
                         f"Known: {', '.join(known)}")
@@ -105,7 +106,8 @@ def as_kind_of(default, value, name):
     """`value`, of the type of `default`. UserError if it is of another type.
 
     Where a float is wanted, an int is taken, and text such as 1e-3, which YAML reads as text.
-    A list must be as long as its default. Where a fork's default is empty, any list is taken.
+    A list must be as long as its default, unless that is empty. No default of ours is, but a
+    fork's may be.
     """
     kind = type(default)
     if kind is float and type(value) in (int, str):
@@ -158,16 +160,19 @@ def check_ranges(config):
 def fill_in_names(config, presets, stage, init_is_given):
     """The defaults of run.output and finetune.init, named after the presets [(name, sections)].
 
-    finetune.init is what the command line says, else with test_only this run's last.pt,
-    else what a preset says, else the pretraining of the presets.
+    finetune.init is the first of these that applies:
+    1. what the command line says
+    2. with test_only, this run's last.pt
+    3. what a preset says
+    4. the last.pt of the presets' pretraining
     """
     run = config["run"]
     finetune = config["finetune"]
     names = [name for name, _ in presets]
     run["output"] = run["output"] or f"runs/{'-'.join(names)}/{stage}"
 
-    # Presets with a section finetune alone have no part in the name of the pretraining:
-    # `toy linear` begins from runs/toy/pretrain
+    # Presets with a section finetune alone have no part in the name of the pretraining: `toy
+    # linear` begins from runs/toy/pretrain. If all are such presets, all have a part.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
@@ -209,7 +214,8 @@ def load_config(arguments, stage):
         section, dot, key = name.partition(".")
         if not dot:
             raise UserError(f"'{argument}' is not of the form section.key=value")
-        # A text is taken as it stands, everything else is read as YAML
+        # Where the default is a text, the value is one too, even run.output=2024. Everything else
+        # is read as YAML, and so is what stands for the "auto" of AUTO: a number or a truth value.
         is_text = isinstance(config.get(section, {}).get(key), str) and name not in AUTO
         if not is_text:
             with contextlib.suppress(yaml.YAMLError):   # what is no YAML is refused below
@@ -242,7 +248,8 @@ def run_command(stage, train):
             if dist.is_initialized():
                 dist.destroy_process_group()
     except UserError as error:
-        sys.exit(str(error) or 1)           # Machine.stop has the first process say it, for all
+        # After Machine.stop, the message is empty in all processes but the first
+        sys.exit(str(error) or 1)
 
 
 # --- The machine ------------------------------------------------------------
@@ -269,11 +276,13 @@ def choose_device(name):
 
 def join_processes(device):
     """Join the other processes that torchrun has started."""
+    # As init_process_group would do by itself, but the store is needed below
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the processes before. So that
-    # nobody connects to these, give each attempt a prefix of its own. On several machines the
-    # counts of attempts may differ, and prefixes would keep processes from finding each other.
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+    # nobody connects to these, each attempt gets a prefix of its own. Not so on several machines:
+    # they may count different restarts, and with different prefixes would not find each other.
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if machines == 1:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
     is_cuda = device.type == "cuda"
@@ -282,7 +291,7 @@ def join_processes(device):
 
 
 def spare_cores():
-    """How many workers this process may start: its equal share of the cores, less one."""
+    """How many workers this process may start: its share of the cores less one, at least 1."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))            # those that this process may use
     else:
@@ -295,8 +304,8 @@ class Machine:
     """This process: its rank among world_size processes, its device and its precision.
 
     Under torchrun it joins the other processes. autocast() makes the context of a
-    forward pass; `scaler` does nothing except in fp16. `workers` is how many processes
-    decode videos for this one, and worker_context how they start, as load_batches wants it.
+    forward pass; `scaler` does nothing except in fp16. `workers` is the number of processes
+    that decode videos for this one, and worker_context is load_batches' `context`.
     """
 
     def __init__(self, run):
@@ -343,15 +352,16 @@ class Machine:
         optimizer.zero_grad()
 
     def stop(self, message):
-        """End the run for a reason that all processes share. The first one says it."""
+        """End the run. Every process must call this. Only the first one's message is printed."""
         raise UserError(message if self.is_first else "")
 
     def sum(self, *values):
         """The sum of each value over all processes, as Python numbers.
 
-        The values are numbers or tensors [] without dimensions. A GPU is waited for only once.
+        The values are numbers or tensors without dimensions. This waits for a GPU once, not once
+        for each value.
         """
-        # full() writes a number on the device without waiting for it
+        # full() fills a tensor on the GPU. torch.tensor() would copy the number there and wait.
         numbers = [value.float() if isinstance(value, torch.Tensor)
                    else torch.full((), value, dtype=torch.float32, device=self.device)
                    for value in values]
@@ -402,7 +412,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(config, stage, video_count, world_size):
-    """The Plan of section `stage` for so many videos. UserError if the batch cannot be shared."""
+    """The Plan of section `stage`. UserError if the processes or videos do not fit the batch."""
     settings = config[stage]
     batch = settings["batch"]
     if batch % world_size:
@@ -442,7 +452,7 @@ def learning_rate(step, plan):
     """Linear from 0 over the warm-up, then a cosine that would reach final_lr at plan.steps."""
     if step < plan.warmup_steps:
         return plan.peak_lr * step / plan.warmup_steps
-    done = (step - plan.warmup_steps) / max(plan.steps - plan.warmup_steps, 1)
+    done = (step - plan.warmup_steps) / (plan.steps - plan.warmup_steps)
     cosine = (1 + math.cos(math.pi * done)) / 2
     return plan.final_lr + (plan.peak_lr - plan.final_lr) * cosine
 
@@ -466,7 +476,7 @@ def clip_gradients(machine, model, optimizer, limit):
 def make_optimizer(model, settings, device, scale=lambda name: 1.0):
     """AdamW without weight decay on biases, norms, other vectors and learned positions.
 
-    scale(name) multiplies the learning rate of a parameter. Every group keeps its own
+    scale(name) multiplies the learning rate of a parameter. Every group keeps this factor
     under the key "scale".
     """
     groups = {}
@@ -546,8 +556,8 @@ def code_version(model):
 class Log:
     """log.jsonl, a line for every step and every validation; TensorBoard where installed.
 
-    A folder that exists is locked at once. A new one is made and locked by open(), so that
-    a run which fails before leaves nothing behind.
+    If the folder exists, it is locked at once. Otherwise open() makes and locks it, so that a
+    run which fails before open() leaves no folder.
     """
 
     def __init__(self, config):
@@ -565,8 +575,9 @@ class Log:
         (output / "config.yaml").write_text(as_yaml(self.config))
         path = output / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # Drop what a killed run wrote after its last checkpoint, and a line torn by a power cut
+        # After a power cut, a line may lack its beginning or its end
         lines = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
+        # What a killed run wrote after its last checkpoint will be written again
         lines = [line for line in lines if json.loads(line)["step"] <= step]
         temporary = output / "log.jsonl.tmp"
         temporary.write_text("".join(lines))
@@ -603,7 +614,8 @@ MAY_CHANGE = {
 class Training:
     """A run of one stage: its plan, how far it has come, and its checkpoint.
 
-    `must_match` is what must be the same when the run resumes, beside the settings.
+    `must_match` holds values that are saved in the checkpoint, each under its own key, and
+    must be the same when the run resumes. So must most settings.
     """
 
     def __init__(self, config, stage, machine, model, optimizer, video_count, must_match):
@@ -617,10 +629,11 @@ class Training:
             stage=stage, videos=video_count, model_class=type(model).__name__, **must_match)
         self.path = Path(config["run"]["output"], "last.pt")
         self.code = code_version(model)
-        self.step = 0               # updates made
-        self.tried = 0              # videos tried, those drawn in place of others included
-        self.unreadable = 0         # of these
+        self.step = 0               # steps made
+        self.tried = 0              # videos tried, with those drawn in place of unreadable ones
+        self.unreadable = 0         # how many of these were unreadable
         self.reported = set()       # the reasons that were printed
+        self.bar = None             # made by progress()
         self.log = Log(config) if machine.is_first else None
         self.saved_at = time.monotonic()
 
@@ -681,12 +694,13 @@ class Training:
               f"  output     {self.path.parent}, from step {self.step} on")
 
     def require_finite(self, loss, norm, lr):
-        """Stop if the loss or the gradient is no number; the last checkpoint stays good."""
-        # After an overflow, fp16's scaler skips the update and halves its scale. We let it do
-        # so until the scale is 1.
+        """Stop if the loss or the gradient is not finite; the last checkpoint stays good."""
+        # In fp16 an infinite norm is usual: the scaler skips the update and halves its scale. At
+        # a scale of 1 that cannot help any more.
         scaler = self.machine.scaler
         can_recover = scaler.is_enabled() and scaler.get_scale() > 1
-        if not math.isfinite(loss) or not (math.isfinite(norm) or can_recover):
+        norm_is_fine = math.isfinite(norm) or can_recover
+        if not (math.isfinite(loss) and norm_is_fine):
             self.machine.stop(
                 f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}, lr "
                 f"{lr:.3g}. The last checkpoint is kept: resume with run.precision=fp32, or begin "
@@ -695,13 +709,14 @@ class Training:
     def count_unreadable(self, reasons, unreadable):
         """Print new reasons of this process, and count the unreadable videos of all processes.
 
-        Stop if more than data.max_unreadable of all videos tried were unreadable.
+        Stop if more than data.max_unreadable of all videos tried were unreadable, once a hundred
+        were tried.
         """
         for reason in set(reasons) - self.reported:
             tqdm.write(f"unreadable, another video is drawn: {data.printable(reason)}",
                        file=sys.stderr)
         self.reported.update(reasons)
-        self.tried += self.plan.batch + unreadable      # for each of these one more was tried
+        self.tried += self.plan.batch + unreadable      # each unreadable one was replaced
         self.unreadable += unreadable
         limit = self.config["data"]["max_unreadable"]
         if self.tried >= 100 and self.unreadable > limit * self.tried:
@@ -717,6 +732,7 @@ class Training:
         """Log a step that took `seconds`, of which this process waited `waited` for data."""
         if self.log:
             clips_per_second = self.plan.batch * self.plan.repeats / seconds
+            # The epoch of the step just made, counted from 1
             epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
             self.log.write(self.step, epoch=epoch, loss=loss, lr=lr, norm=norm,
                            clips_per_second=clips_per_second, data_share=waited / seconds)
@@ -758,8 +774,8 @@ class Training:
 def note_signals():
     """A list that is empty until SIGTERM or SIGINT comes, so that a run can save first.
 
-    After the first signal, SIGINT (Ctrl-C) kills at once. A further SIGTERM must not: torchrun
-    sends one of its own when it gets the same signal.
+    After the first signal, another Ctrl-C (SIGINT) kills at once. Another SIGTERM does not: a
+    scheduler may send one to torchrun and to this process, and torchrun passes its own on.
     """
     received = []
 
@@ -785,7 +801,7 @@ def wrap_model(model, machine):
         return DistributedDataParallel(
             model,
             gradient_as_bucket_view=True,   # no second copy of the gradients
-            broadcast_buffers=False)        # masks and tables of positions are constant
+            broadcast_buffers=False)        # masks and positions are the same in all processes
 
 
 def read_batches(videos, training):
@@ -801,7 +817,7 @@ def read_batches(videos, training):
 
 
 def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
-    """Gradients of a step's global batch.
+    """Gradients of a step's global batch. `forward` is the model as wrap_model gives it.
 
     Returns (loss of this process, reasons of unreadable videos, seconds waited for data).
     """
@@ -811,9 +827,9 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
         asked = time.perf_counter()
         batch = next(batches)
-        # If the GPU still has work after the wait, the wait cost nothing. query() is true when
-        # it has none.
-        if machine.device.type != "cuda" or torch.cuda.current_stream().query():
+        # A wait costs nothing while the GPU has work. query() is true when it has none.
+        is_busy = machine.device.type == "cuda" and not torch.cuda.current_stream().query()
+        if not is_busy:
             waited += time.perf_counter() - asked
         reasons += batch.unreadable
         if batch.clips is None:
@@ -838,7 +854,7 @@ def call_if_defined(model, method, *arguments):
 
 
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
-    """Train `model` on `videos` as section `stage` of the settings says, from the last checkpoint.
+    """Train `model` on `videos` as section `stage` says. Resume if run.output has a checkpoint.
 
     loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is the model as
     wrap_model gives it, `batch` a data.Batch, `rows` [b] are its rows in the global batch.
@@ -868,7 +884,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             loss, reasons, waited = accumulate_gradients(
                 forward, batches, step, plan, machine, loss_of)
             norm = clip_gradients(machine, model, optimizer, config[stage]["clip_norm"])
-            # Here a step waits for the GPU. The norm is in the sum only to come with the others
+            # Wait for the GPU, once. The norm is the same everywhere; it only comes along.
             loss, norm, unreadable, stopping = machine.sum(
                 loss / machine.world_size, norm / machine.world_size, len(reasons), len(signals))
             training.require_finite(loss, norm, lr)
@@ -889,9 +905,9 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             if step_of_epoch == 0:
                 scores = end_epoch(epoch, is_last, training.log)
                 training.log_scores(scores)
-                stopping, = machine.sum(len(signals))       # one may have come meanwhile
+                stopping, = machine.sum(len(signals))   # one may have come during end_epoch
 
-            # Save; stop if asked to
+            # Save, after every validation too; stop if asked to
             if stopping or scores or is_last or training.save_is_due():
                 training.save()
             if stopping:
@@ -915,6 +931,7 @@ def draw_predictions(model, video, *drawn):
     frames = rows[:, :, ::model.cube[0]].transpose(1, 2).flatten(0, 1)          # [3 B t, 3, H, W]
     enlarge = max(1, 128 // video.shape[-1])
     frames = F.interpolate(frames, scale_factor=enlarge)        # each pixel becomes a square
+    # nrow is the number of pictures in a row
     return make_grid(frames, nrow=model.grid[0], padding=4, pad_value=1.0)
 
 
@@ -992,7 +1009,7 @@ def pretrain(config):
         if keep_epochs and epoch > 0 and epoch % keep_epochs == 0:
             content = dict(model=model.state_dict(), config=config, epoch=epoch)
             save_checkpoint(output / f"epoch_{epoch:04d}.pt", content)
-        # There is one of epoch 0 too, so that a fork whose reconstruct fails finds out at once
+        # Epoch 0 has a picture too: a fork whose reconstruct fails then fails before training
         if picture_epochs and (is_last or epoch % picture_epochs == 0):
             picture_predictions(epoch, log)
 
