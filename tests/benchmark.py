@@ -91,10 +91,10 @@ class VideoMAE(nn.Module):
         for part in (self.encoder_to_decoder, self.blocks, self.head):
             part.apply(initialise)
 
-    def draw(self, batch):
+    def draw(self, batch, generator=None):
         """The visible and the hidden tokens [B, ...]: the same ones in every time slice."""
         t, h, w = self.grid
-        noise = torch.rand(batch, 1, h * w, device=self.positions.device)
+        noise = torch.rand(batch, 1, h * w, device=self.positions.device, generator=generator)
         order = noise.argsort(2)
         first_of_slice = h * w * torch.arange(t, device=order.device)
         tokens = order + first_of_slice[:, None]                                # [B, t, h w]

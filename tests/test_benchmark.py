@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import benchmark
+import evidence
 import figures
 import gpu
 import pytest
@@ -98,6 +99,21 @@ def test_videomaes_augmentation_is_ours_but_for_rounding():
         torch.manual_seed(seed)
         videomae_erased = benchmark.videomae_clip(frames, **settings, erase=1.0)
         assert_equal(erased_box(ours, ours_erased), erased_box(videomae, videomae_erased))
+
+
+def test_a_readout_finds_classes_in_features_and_none_in_noise():
+    torch.manual_seed(0)
+    features = torch.randn(300, 16)
+    labels = features[:, :3].argmax(1)
+    noise = torch.randn(300, 16)
+    accuracy = {}
+    for name, inputs in (("features", features), ("noise", noise)):
+        train, val = inputs.split([200, 100])
+        penalty = evidence.choose_penalty(train, labels[:200])
+        accuracy[name] = evidence.regression_accuracy(
+            train, labels[:200], val, labels[200:], penalty)
+    assert accuracy["features"] > 85
+    assert accuracy["noise"] < 50                       # chance is 33
 
 
 # --- Estimated memory -------------------------------------------------------

@@ -1,0 +1,195 @@
+"""
+Evidence on small sets of real video: what RESULTS.md needs beside the two training scripts.
+
+    python tests/evidence.py videomae [PRESET ...] [section.key=value ...]
+        pretrain the VideoMAE of benchmark.py with train_pretrain.py's own loop
+    python tests/evidence.py readout CHECKPOINT TRAIN VAL [--root DIR]
+        logistic regressions on the tokens of the frozen encoder, on those of a random one,
+        and on pixels
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+import benchmark
+import data
+import train_pretrain
+from arvideo import ARVideo, pretrained_encoder
+from train_pretrain import load_checkpoint
+
+# Strengths of the L2 penalty, of which cross-validation on the training list takes one
+PENALTIES = [10.0 ** power for power in range(-5, 2)]
+FOLDS = 5
+FEW = 10        # videos of each class where labels are few
+DRAWS = 3       # of these videos
+
+
+class VideoMAE(benchmark.VideoMAE):
+    """benchmark.VideoMAE with what train_pretrain.pretrain asks of a model."""
+    order_kind = "none"
+
+    def __init__(self, **model):
+        super().__init__(model)
+        visible, hidden = self.draw(1)
+        self.encoder_mask = visible[0]          # train_pretrain prints how many there are
+        self.decoder_mask = hidden[0]
+
+
+# --- Logistic regression ----------------------------------------------------
+
+
+def fit_regression(features, labels, classes, penalty):
+    """Weights and biases [D + 1, C] that minimise the cross-entropy + penalty x |weights|^2."""
+    weights = features.new_zeros(features.shape[1], classes, requires_grad=True)
+    biases = features.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights, biases], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = features @ weights + biases
+        loss = F.cross_entropy(logits, labels) + penalty * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach(), biases.detach()
+
+
+def regression_accuracy(train, train_labels, val, val_labels, penalty):
+    """Percent of `val` that a regression on `train` gets right. Features are [n, D]."""
+    classes = int(max(train_labels.max(), val_labels.max())) + 1
+    mean = train.mean(0)
+    deviation = train.std(0) + 1e-6
+    scale = deviation * train.shape[1] ** 0.5           # rows of length about 1
+    weights, biases = fit_regression((train - mean) / scale, train_labels, classes, penalty)
+    logits = (val - mean) / scale @ weights + biases
+    return 100 * (logits.argmax(1) == val_labels).float().mean().item()
+
+
+def choose_penalty(features, labels):
+    """The penalty with the best mean accuracy over folds of the training list."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    folds = order.tensor_split(FOLDS)
+    means = []
+    for penalty in PENALTIES:
+        scores = []
+        for i, held_out in enumerate(folds):
+            rest = torch.cat([fold for j, fold in enumerate(folds) if j != i])
+            scores.append(regression_accuracy(
+                features[rest], labels[rest], features[held_out], labels[held_out], penalty))
+        means.append(sum(scores))
+    return PENALTIES[means.index(max(means))]
+
+
+def print_accuracies(name, train, train_labels, val, val_labels):
+    """With all training videos, and with FEW of each class, the mean of DRAWS choices."""
+    penalty = choose_penalty(train, train_labels)
+    all_labels = regression_accuracy(train, train_labels, val, val_labels, penalty)
+    few_labels = []
+    for seed in range(DRAWS):
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(train_labels), generator=generator)
+        rows = torch.cat([order[train_labels[order] == label][:FEW]
+                          for label in train_labels.unique()])
+        penalty = choose_penalty(train[rows], train_labels[rows])
+        few_labels.append(regression_accuracy(
+            train[rows], train_labels[rows], val, val_labels, penalty))
+    print(f"{name:42} all labels {all_labels:5.1f} %, {FEW} of each class "
+          f"{sum(few_labels) / DRAWS:5.1f} %", flush=True)
+
+
+# --- Features ---------------------------------------------------------------
+
+
+def read_views(entries, frames, size):
+    """One view of every video, and its labels: one frame from each of `frames` segments."""
+    choose = partial(data.segment_views, frames=frames, clips=1)
+    views = data.Views(entries, choose, size, 1)
+    clips = torch.cat([views[i][1].clips for i in range(len(entries))])     # [n, 3, T, H, W]
+    return clips, torch.tensor([entry.label for entry in entries])
+
+
+@torch.no_grad()
+def read_tokens(encoder, clips):
+    """The encoder's tokens [n, N, D] of clips uint8 [n, 3, T, H, W]."""
+    tokens = [encoder(data.normalise(part, "cpu")) for part in clips.split(32)]
+    return torch.cat(tokens)
+
+
+def pixel_features(clips):
+    """{name: features [n, D]} of clips uint8 [n, 3, T, H, W]: 8 x 8 pixels, in grey."""
+    small = F.adaptive_avg_pool3d(clips.float().mean(1, keepdim=True), (clips.shape[2], 8, 8))
+    middle = small[:, :, clips.shape[2] // 2]
+    return {"one frame": middle.flatten(1),
+            "differences of frames": small.diff(dim=2).flatten(1)}
+
+
+def token_features(encoder, clips):
+    """{name: features [n, D]} of clips uint8 [n, 3, T, H, W]: three ways to pool the tokens."""
+    tokens = read_tokens(encoder, clips)                                # [n, N, D]
+    grid = encoder.grid
+    cells = tokens.unflatten(1, grid)                                   # [n, t, h, w, D]
+    where = F.adaptive_avg_pool3d(cells.movedim(4, 1), (grid[0], 4, 4))
+    return {
+        "mean token": tokens.mean(1),
+        "means of time slices": cells.mean((2, 3)).flatten(1),
+        "means of 4 x 4 places a slice": where.flatten(1)}
+
+
+def readout(checkpoint, train, val, root):
+    checkpoint = load_checkpoint(checkpoint)
+    model = checkpoint["config"]["model"]
+    seed = checkpoint["config"]["run"]["seed"]
+    train, classes = data.read_annotations(train, root)
+    val, _ = data.read_annotations(val, root, classes)
+    train, train_labels = read_views(train, model["frames"], model["size"])
+    val, val_labels = read_views(val, model["frames"], model["size"])
+
+    # The random encoder is what the pretraining of this seed started from
+    torch.manual_seed(data.stream_seed(seed, "weights"))
+    untrained = ARVideo(**model).encoder.eval()
+    pretrained = pretrained_encoder(checkpoint)
+    sources = {
+        "pixels": pixel_features,
+        "pretrained": partial(token_features, pretrained),
+        "random": partial(token_features, untrained)}
+    for name, features_of in sources.items():
+        train_features = features_of(train)
+        val_features = features_of(val)
+        for kind in train_features:
+            print_accuracies(f"{name}, {kind}", train_features[kind], train_labels,
+                             val_features[kind], val_labels)
+
+
+def videomae(arguments):
+    train_pretrain.ARVideo = VideoMAE
+    # Pictures show predictions of clusters, and VideoMAE predicts tubes
+    sys.argv[1:] = [*arguments, "pretrain.picture_epochs=0"]
+    train_pretrain.main()
+
+
+def main():
+    if sys.argv[1:2] == ["videomae"]:
+        videomae(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["videomae", "readout"])
+    parser.add_argument("checkpoint")
+    parser.add_argument("train")
+    parser.add_argument("val")
+    parser.add_argument("--root", default="")
+    options = parser.parse_args()
+    readout(options.checkpoint, options.train, options.val, options.root)
+
+
+if __name__ == "__main__":
+    main()
