@@ -23,8 +23,8 @@ Two attention masks let one pass predict all these clusters.
     loss = model(video, *model.draw(len(video)))    # video [B, 3, 16, 224, 224]
 
 Symbols in the shapes. `predict_after` is how many places at the start of the order are
-not predicted, 1 by default. The values are those of the default model and the paper,
-except Q: the paper's Table 5 has 1372, which predict_after=2 gives.
+not predicted, 1 by default. The values in the table are the default model's. The paper's
+are the same, but for Q: its Table 5 has 1372, which predict_after=2 gives.
     B   videos in the batch
     N   tokens of a video                 1568 = 8 x 14 x 14
     P   pixels of a cube                   512 = 2 x 16 x 16, of C = 3 colours
@@ -104,7 +104,7 @@ def cluster_tokens(grid, cluster):
     """
     # Cut the grid of token indices as if it were a video of one colour
     tokens = torch.arange(math.prod(grid)).reshape(1, 1, *grid)
-    return video_to_cubes(tokens, cluster)[0, :, 0]         # of [1, M, 1, K]
+    return video_to_cubes(tokens, cluster)[0, :, 0]         # [1, M, 1, K] -> [M, K]
 
 
 def take(x, index):
@@ -135,11 +135,12 @@ def prediction_orders(kind, cluster_grid, batch, generator=None, device=None):
 
 
 def count_share(cluster_size, share):
-    """How many tokens a share of a cluster's tokens is.
+    """`share` of cluster_size tokens, as a whole number.
 
     The paper's 19.6 of 98 become 20: rounded half up, and never less than one.
     """
-    exact = round(share * cluster_size, 6)          # 1.5 and not 1.4999999999999998
+    # 1 - mask_ratio is inexact, so an exact half could come out a little smaller
+    exact = round(share * cluster_size, 6)
     return max(1, math.floor(exact + 0.5))
 
 
@@ -163,7 +164,7 @@ def attention_masks(M, R, V, predict_after=1):
     """
     place = torch.arange(1, M + 1)
     seen_place = place[:-1].repeat_interleave(V)            # [S]: 1 1 .. 2 2 .. M-1
-    queried_place = place[predict_after:].repeat_interleave(R)  # [Q]: 2 2 .. 3 3 .. M
+    queried_place = place[predict_after:].repeat_interleave(R)  # [Q], after 1: 2 2 .. 3 3 .. M
     encoder_mask = seen_place[:, None] >= seen_place        # [S, S]
     decoder_mask = queried_place[:, None] > seen_place      # [Q, S]
     return encoder_mask, decoder_mask
@@ -184,7 +185,7 @@ def sine_cosine(positions, width):
 
 
 def position_table(grid, width, kind):
-    """Fixed embeddings [N, width] of the positions of the tokens of a grid (t, h, w).
+    """Fixed position embeddings [N, width] for a grid (t, h, w) of tokens.
 
     1d   VideoMAE's: the position is the token's index in raster order
     3d   time, height and width have a third of the channels each, rounded down to an
@@ -235,8 +236,8 @@ class CubeEmbedding(nn.Module):
 
     def forward(self, cubes):
         """[B, n, 3, P] -> [B, n, D]"""
-        # A matrix product embeds only the cubes that it is given. The flattened kernel has a
-        # cube's numbers in the same order: colour, time, height, width.
+        # A convolution would need the whole video, a matrix product only the visible cubes. The
+        # flattened kernel has a cube's numbers in the same order: colour, time, height, width.
         weight = self.proj.weight.flatten(1)        # [D, 3 P]
         return F.linear(cubes.flatten(2), weight, self.proj.bias)
 
@@ -291,7 +292,7 @@ def mlp(width, ratio):
 
 
 def initialise(module):
-    """VideoMAE's initialisation: linear layers xavier-uniform, their biases 0.
+    """VideoMAE's initialisation in pretraining: linear layers xavier-uniform, their biases 0.
 
     Conv3d keeps torch's default, as it does in VideoMAE.
     """
@@ -336,9 +337,9 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """A plain ViT over cubes, with VideoMAE's parameter names.
 
-    `pretrained_clip` (frames, size) is for weights that were pretrained on clips of
-    another size: positions are those of that size, interpolated to this one. (0, 0)
-    means the same size.
+    `pretrained_clip` is (frames, size) of the clips that the weights were pretrained on.
+    The table of positions is made for them and interpolated to this encoder's clips.
+    (0, 0) means the same clips.
     `checkpointing` computes activations again in the backward pass, which saves
     memory. Raises ValueError if cubes do not fill the video or heads do not divide the
     width.
@@ -352,9 +353,10 @@ class Encoder(nn.Module):
         self.cube = tuple(cube)
         self.width = width
         self.checkpointing = checkpointing
-        # The table of the pretraining, interpolated to this clip
-        first_frames, first_size = pretrained_clip if any(pretrained_clip) else (frames, size)
-        self.grid = blocks_per_axis((first_frames, first_size, first_size), self.cube, "cube")
+        # The grid and positions of the pretraining. resize() replaces both by those of this
+        # encoder's clips.
+        old_frames, old_size = pretrained_clip if any(pretrained_clip) else (frames, size)
+        self.grid = blocks_per_axis((old_frames, old_size, old_size), self.cube, "cube")
         table = position_table(self.grid, width, positions)             # [N, D]
         self.register_buffer("positions", table, persistent=False)
         self.resize(frames, size)
@@ -367,7 +369,7 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """From now on take clips of `frames` x `size` x `size`, with interpolated positions."""
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # Into .data, so that positions which a fork has made a parameter stay that parameter
+        # Into .data: if a changed copy of this code learns positions, they stay that parameter
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 
@@ -398,8 +400,8 @@ class Encoder(nn.Module):
 class DecoderBlock(nn.Module):
     """Cross-attention and MLP, each after a norm, added to its input.
 
-    With `group_size` (Table 9), the queries of one cluster first attend to one another. They
-    stand together, `group_size` for each cluster.
+    With `group_size` (Table 9), the queries of one cluster first attend to one another.
+    These `group_size` queries must be adjacent.
     """
 
     def __init__(self, width, heads, mlp_ratio, group_size=None):
@@ -416,7 +418,7 @@ class DecoderBlock(nn.Module):
     def forward(self, x, memory, mask=None):
         """x [B, Q, d], memory [B, S, d], mask [Q, S] -> [B, Q, d]"""
         if self.group_size:
-            # Queries stand cluster by cluster: [B, Q, d] -> [B Q/R, R, d]
+            # [B, Q, d] -> [B (Q / R), R, d], where R is group_size
             grouped = self.norm0(x).reshape(-1, self.group_size, x.shape[2])
             x = x + self.self_attn(grouped).reshape(x.shape)
         x = x + self.cross_attn(self.norm1(x), memory, mask)
@@ -437,7 +439,7 @@ class Decoder(nn.Module):
         self.checkpointing = checkpointing
         table = position_table(grid, width, positions)                  # [N, d]
         self.register_buffer("positions", table, persistent=False)
-        # One learned vector for all queries; its position tells a query which token it is
+        # One learned vector for all queries; the position added to it says which token to predict
         self.query = nn.Parameter(torch.empty(width).normal_(std=0.02))
         blocks = [DecoderBlock(width, heads, mlp_ratio, group_size)
                   for _ in range(depth)]
@@ -451,7 +453,7 @@ class Decoder(nn.Module):
 
         memory [B, S, d] is the encoder's output at the decoder's width.
         mask [Q, S] has True where attention is allowed.
-        Raises ValueError if, with self-attention, these tokens are not whole clusters.
+        Raises ValueError if, with self-attention, group_size does not divide Q.
         """
         if self.group_size and index.shape[1] % self.group_size:
             raise ValueError(f"{index.shape[1]} queries are not whole clusters of "
@@ -474,7 +476,7 @@ class ARVideo(nn.Module):
     Its arguments are section `model` of config.yaml, which explains them. The
     paper's ablations (Tables 1 and 6 to 10) change them. `mask_ratio` is the
     share of hidden tokens. `predict_after` is how many places at the start of
-    the order are not predicted, 1 or more. For `pretrained_clip` see Encoder.
+    the order are not predicted, 1 or more. `pretrained_clip` is for fine-tuning.
     `predict_ratio` is not in the paper: the share of a cluster's tokens that is
     predicted in a step.
     Raises ValueError where sizes do not fit or a value is out of range.
@@ -511,14 +513,13 @@ class ARVideo(nn.Module):
         self.cube = self.encoder.cube
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
         initialise(self.encoder_to_decoder)
-        predicted_count = count_share(math.prod(cluster), predict_ratio)
+        self.set_clusters(cluster, mask_ratio, predict_after, predict_ratio)
         self.decoder = Decoder(
             grid=self.grid, width=decoder_width, depth=decoder_depth,
             heads=decoder_heads, mlp_ratio=mlp_ratio,
             outputs=math.prod(self.target_shape()),
-            group_size=predicted_count if decoder_self_attention else None,
+            group_size=self.predicted_count if decoder_self_attention else None,
             positions=positions, checkpointing=checkpointing)
-        self.set_clusters(cluster, mask_ratio, predict_after, predict_ratio)
 
     def set_clusters(self, cluster, mask_ratio, predict_after, predict_ratio=1.0):
         """Divide the tokens into clusters and build both masks.
@@ -551,8 +552,8 @@ class ARVideo(nn.Module):
 
         order [B, M]: which cluster is at each place.
         visible [B, M, V]: the visible tokens of each cluster, in raster order of clusters.
-        With predict_ratio below 1 also predicted [B, M, R]: the R tokens of each cluster
-        that are predicted.
+        If predict_ratio leaves out tokens, also predicted [B, M, R]: the R tokens of each
+        cluster that are predicted.
         """
         device = self.clusters.device
         order = prediction_orders(
@@ -566,8 +567,8 @@ class ARVideo(nn.Module):
     def line_up(self, order, visible, predicted=None):
         """Token indices, lined up by place.
 
-        seen [B, S] enter the encoder, queried [B, Q] are predicted. Without `predicted`
-        these are whole clusters.
+        seen [B, S] enter the encoder, queried [B, Q] are predicted. Without `predicted`,
+        `queried` holds whole clusters.
         """
         # Nothing comes after the last cluster, so it is not encoded
         seen = take(visible, order[:, :-1])                             # [B, M-1, V]
@@ -600,15 +601,14 @@ class ARVideo(nn.Module):
         return mean, deviation + 1e-6               # a flat cube must not divide by zero
 
     def target_shape(self):
-        """The shape of the target of a token: (3, P). The constructor asks for it."""
+        """The shape of a token's target: (3, P). An override may use self.cube and self.grid."""
         return 3, math.prod(self.cube)
 
     def target(self, video, cubes):
         """The values to predict [B, N, 3, P], before normalisation. Here they are the cubes.
 
-        A fork overrides this method for another target, which it may take from `video`. If
-        the target of a token is not of shape (3, P), it overrides target_shape as well, and
-        reconstruct if it wants pictures.
+        A subclass overrides this method for another target, which it may take from `video`.
+        For another shape than (3, P), override target_shape too, and reconstruct for pictures.
         """
         return cubes
 
@@ -630,11 +630,12 @@ class ARVideo(nn.Module):
     def reconstruct(self, video, order, visible, predicted=None):
         """What the encoder sees and what is predicted: two videos [B, 3, T, H, W].
 
-        Elsewhere both are zero, the mean colour. With normalise_target a cube's mean and deviation
-        come from the true video, since the model predicts the pattern alone.
-        Raises ValueError if a fork's targets are no pixels.
+        All other cubes are zero, which is ImageNet's mean colour after data.normalise. With
+        normalise_target a cube's mean and deviation come from the true video, since the model
+        predicts the pattern alone.
+        Raises ValueError if a subclass has targets of another shape than pixels.
         """
-        if self.target_shape() != ARVideo.target_shape(self):
+        if self.target_shape() != (3, math.prod(self.cube)):
             raise ValueError("these targets are no pixels and cannot be drawn: set "
                              "pretrain.picture_epochs=0, or override reconstruct")
         cubes = video_to_cubes(video, self.cube)                        # [B, N, 3, P]
@@ -657,7 +658,7 @@ def pretrained_encoder(checkpoint, model_class=ARVideo, frames=None, size=None):
     encoder(video [B, 3, T, H, W]) gives features [B, N, D]; every token attends
     to all others. `model_class` is the class that was trained. `frames` and `size`
     are those of the clips, by default those of pretraining.
-    Raises ValueError if this is another checkpoint, or if cubes do not fill the clips.
+    Raises ValueError if the checkpoint is not from pretraining, or cubes do not fill the clips.
     Raises RuntimeError, naming the tensors, if the weights do not fit the
     configuration that was saved with them.
     """

@@ -4,11 +4,11 @@ Fine-tune or probe a pretrained encoder, and test it on several views of each vi
     python train_finetune.py [PRESET ...] [section.key=value ...]       after train_pretrain.py
     python train_finetune.py k400 linear                                a linear probe
     python train_finetune.py k400 finetune.test_only=true               the test alone
-    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER   name unlabelled videos
+    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER   name their classes
     torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2     eight GPUs
 
 Writes last.pt, best.pt (the best on validation), log.jsonl, results.json and
-predictions.csv to run.output.
+predictions.csv to run.output; a test alone writes the last two.
 """
 
 import csv
@@ -33,15 +33,16 @@ from data import UserError, stream_seed
 from train_pretrain import (
     Machine, fit, given_settings, load_checkpoint, make_optimizer, run_command, save_checkpoint)
 
-# The keys of section `model` that decide the encoder's weights and what they mean
+# Keys of section `model` in which a checkpoint must agree with the settings
 ENCODER_KEYS = ("cube", "width", "depth", "heads", "mlp_ratio", "positions")
-# Those that may change without changing the weights
+# The encoder's other arguments, which may differ from the checkpoint's
 CLIP_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
 # What finetune.test_only takes from the checkpoint unless the command line says otherwise
 TEST_SETTINGS = ("finetune.sampling", "data.stride", "model.frames", "model.size")
 # [frames, size] of VideoMAE's pretraining, which its files do not tell
 VIDEOMAE_CLIP = [16, 224]
-# What a classifier adds to the encoder; it belongs to the classes of one data set
+# Names of what a Classifier has beside the encoder. They are left behind when only the encoder is
+# loaded
 CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
 
@@ -50,7 +51,7 @@ CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
 def encoder_arguments(settings):
     """Encoder's arguments, from section `model` of the settings."""
-    # A checkpoint of ours may be older than a key
+    # Settings that an older checkpoint saved may lack a newer key: then Encoder's default holds
     return {key: settings[key] for key in ENCODER_KEYS + CLIP_KEYS if key in settings}
 
 
@@ -127,11 +128,14 @@ def build_model(config, classes):
 
 
 def layer_decay(depth, decay):
-    """scale(parameter name): 1 for a head or probe, times `decay` for every layer below it."""
+    """Returns scale(name), the factor of a parameter's learning rate.
+
+    It is 1 for a head or probe, and is multiplied by `decay` for each layer further down.
+    """
     def scale(name):
         # Layer 0 is the cube embedding, 1 to depth are the blocks, depth + 1 is the head
         layer = depth + 1
-        # Positions are fixed, but a fork may learn them
+        # Positions are fixed, but a changed copy of this code may learn them
         if name.startswith("patch_embed.") or name == "positions":
             layer = 0
         elif name.startswith("blocks."):
@@ -145,9 +149,10 @@ def layer_decay(depth, decay):
 
 def weights_in(path, content):
     """The weights in the content of a checkpoint. UserError if there are none."""
+    # DeepSpeed, which VideoMAE's fine-tuning uses, writes `module`
     weights = content.get("model", content.get("module")) if isinstance(content, dict) else None
     if not isinstance(weights, dict):
-        raise UserError(f"{path}: there are no weights under the key `model`")
+        raise UserError(f"{path}: there are no weights under the key `model` or `module`")
     return weights
 
 
@@ -155,12 +160,13 @@ def load_weights(model, path, classes):
     """Load a checkpoint, ours or VideoMAE's, into a Classifier or a Probe.
 
     Loads everything if the checkpoint is of the same model and classes. Otherwise it loads the
-    encoder alone, of which every tensor must be there and fit; a Classifier does not take its
-    final norm. Returns (a sentence on what was loaded, whether it was everything).
+    encoder alone, for a Classifier without the final norm. Every other tensor of the encoder must
+    be there and fit. Returns (a sentence on what was loaded, whether it was everything).
     UserError names the tensors that do not fit.
     """
     content = load_checkpoint(path)
     weights = weights_in(path, content)
+    # Our last.pt has a step; our best.pt and VideoMAE's files have an epoch
     origin = path
     for key in ("step", "epoch"):
         if key in content:
@@ -168,15 +174,15 @@ def load_weights(model, path, classes):
 
     # A classifier or probe of the same classes: take everything. A file that names no classes,
     # such as VideoMAE's, is judged by its shapes alone. Classes without names are called "0", "1"
-    # and so on, and are the same if they are equally many.
+    # and so on, so two lists of them are the same if they are equally long.
     own = model.state_dict()
     if (content.get("classes", classes) == classes and weights.keys() == own.keys()
             and all(weights[name].shape == own[name].shape for name in own)):
         model.load_state_dict(weights)
         return f"all weights, the classifier's too, from {origin}", True
 
-    # Anything else: take the encoder, without a classifier's parts, and without its final
-    # norm if this model has none. Pretraining and probes keep it under `encoder.`
+    # Anything else: take the encoder, without a classifier's parts, and without the final norm if
+    # this model has none. Checkpoints of pretraining and of probes name its tensors `encoder.*`.
     encoder = model.encoder if isinstance(model, Probe) else model
     prefix = "encoder." if any(name.startswith("encoder.") for name in weights) else ""
     unwanted = CLASSIFIER_PARTS
@@ -191,8 +197,7 @@ def load_weights(model, path, classes):
         else:
             left.add(short.split(".")[0])
 
-    # torch's strict check wants a Classifier's head too, so give it back its own. A Probe's
-    # encoder has none.
+    # load_state_dict is strict, so add the model's own fc_norm and head (none in a Probe's encoder)
     own_head = {name: tensor for name, tensor in encoder.state_dict().items()
                 if name.startswith(CLASSIFIER_PARTS)}
     try:
@@ -204,7 +209,7 @@ def load_weights(model, path, classes):
 
 
 def finetuned_classifier(checkpoint):
-    """(model, class names) of a checkpoint of this file's, for use elsewhere.
+    """For other programs: (model, class names) from a checkpoint that this script wrote.
 
     model(video [B, 3, T, H, W]) gives logits [B, classes].
     """
@@ -225,9 +230,10 @@ class Result(NamedTuple):
 
 
 def frame_chooser(config, dense, segments, clips):
-    """choose(number of frames of a video) -> frame numbers, as finetune.sampling says.
+    """Returns choose(number of frames) -> a list of frame numbers for each clip.
 
-    `dense` and `segments` are functions of data.py.
+    `dense` and `segments` are data.py's functions for training (_clips) or for tests (_views),
+    of which finetune.sampling takes one.
     """
     frames = config["model"]["frames"]
     if config["finetune"]["sampling"] == "dense":
@@ -237,24 +243,25 @@ def frame_chooser(config, dense, segments, clips):
 
 @torch.no_grad()
 def evaluate(model, entries, config, machine, clips, crops):
-    """The Result of every entry, in every process.
+    """The Results of all entries. Every process gets all of them.
 
-    A video's probabilities are the mean over the softmax of each of its clips x crops
-    views. Each process takes every world_size-th batch. So the batches are the same with any
-    number of processes, and no video is padded or counted twice.
+    A video has clips x crops views. Its probabilities are the mean of the views' softmax. Each
+    process takes every world_size-th batch. So the batches are the same with any number of
+    processes, and no video is tested twice to fill a batch.
     """
     choose = frame_chooser(config, data.dense_views, data.segment_views, clips)
     videos = data.Views(entries, choose, config["model"]["size"], crops)
     view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
     batch_size = max(1, view_limit // (clips * crops))
     groups = torch.arange(len(entries)).split(batch_size)[machine.rank::machine.world_size]
-    # load_batches divides this order into the same groups again
+    # load_batches divides this order into the same groups again: only the last may be short
     order = [i for group in groups for i in group.tolist()]
     batches = data.load_batches(
         videos, batch_size, order, machine.workers,
         pin_memory=machine.device.type == "cuda", context=machine.worker_context)
     results = {}
     model.eval()
+    # A batch is a list of (entry number, data.Sample)
     for samples in tqdm(batches, desc="testing", unit="batch", leave=False,
                         disable=not machine.is_first):
         readable = {}
@@ -271,7 +278,7 @@ def evaluate(model, entries, config, machine, clips, crops):
             probabilities = torch.cat(logits).float().softmax(1)        # [n views, classes]
             means = probabilities.unflatten(0, (len(readable), -1)).mean(1).cpu()
             for i, mean in zip(readable, means):
-                # Cloned, since a row would travel to other processes with its whole batch
+                # Cloned: sent to other processes, a view would take its whole batch along
                 results[i] = Result(entries[i], mean.clone(), None)
     for others in machine.gather(results):
         results.update(others)
@@ -322,7 +329,8 @@ def write_results(output, results, classes, **about):
         for entry, probabilities, _ in results:
             row = [entry.path, "" if entry.label is None else classes[entry.label]]
             if probabilities is not None:
-                for probability, c in zip(*probabilities.topk(min(5, len(classes)))):
+                top = probabilities.topk(min(5, len(classes)))
+                for probability, c in zip(top.values.tolist(), top.indices.tolist()):
                     row += [classes[c], f"{probability:.4f}"]
             table.writerow(row)
     return scores
@@ -340,7 +348,7 @@ class Lists(NamedTuple):
 
 
 def require_labels(split, entries, source):
-    """UserError if a list, data.`split`, is empty or has no labels."""
+    """UserError if a list, data.`split`, is empty or has no labels. All entries have, or none."""
     if not entries:
         raise UserError(f"data.{split} is empty: fine-tuning needs a list with labels")
     if entries[0].label is None:
@@ -348,7 +356,7 @@ def require_labels(split, entries, source):
 
 
 def require_known_labels(entries, classes):
-    """UserError if a label is no number of a class."""
+    """UserError if a label is not below the number of classes."""
     for entry in entries:
         if entry.label is not None and entry.label >= len(classes):
             raise UserError(f"{entry.path} has the label {entry.label}, but there are "
@@ -374,7 +382,7 @@ def read_training_list(settings):
 
 
 def read_labelled_lists(settings):
-    """The Lists to train with, from section `data`. The test's may be without labels."""
+    """The Lists to train with, from section `data`. Test videos may lack labels."""
     train, classes = read_training_list(settings)
     val, _ = data.read_split(settings, "val", classes)
     require_labels("val", val, settings["val"])
@@ -415,7 +423,7 @@ def starting_checkpoint(config):
     1. finetune.test_only: the classifier in finetune.init
     2. run.output holds last.pt: the run resumes from it, in fit
     3. finetune.init=scratch: None, the weights stay random
-    4. else: the encoder in finetune.init
+    4. else: the weights in finetune.init
 
     load_config has filled in what finetune.init is by default.
     """
@@ -455,7 +463,7 @@ def set_pretrained_clip(path, saved, settings):
         return [f"  assumed    {path} was pretrained on clips of {frames} frames, {size} x "
                 f"{size}, as VideoMAE's are; model.pretrained_clip sets others"]
     known = saved.get("pretrained_clip", [0, 0])
-    if not any(known):                      # it was pretrained on clips of its own size
+    if not any(known):                      # it was pretrained on clips of its model's size
         known = [saved["frames"], saved["size"]]
     if any(asked) and asked != known:
         raise UserError(f"model.pretrained_clip is {asked}, but {path} was pretrained with {known}")
@@ -463,24 +471,24 @@ def set_pretrained_clip(path, saved, settings):
     return []
 
 
-def take_test_settings(path, saved, config, given):
-    """Take TEST_SETTINGS from the settings `saved` in a checkpoint, but for those `given`.
+def take_test_settings(path, saved_config, config, given):
+    """Take TEST_SETTINGS from a checkpoint's settings, except those whose names are in `given`.
 
     Returns lines to print.
     """
     taken = []
     for name in TEST_SETTINGS:
         section, key = name.split(".")
-        if name not in given and key in saved.get(section, {}):
-            config[section][key] = saved[section][key]
-            taken.append(f"{name}={saved[section][key]}")
+        if name not in given and key in saved_config.get(section, {}):
+            config[section][key] = saved_config[section][key]
+            taken.append(f"{name}={config[section][key]}")
     return [f"  taken      {', '.join(taken)}, from {path}"] if taken else []
 
 
 def adopt_settings(config, given):
     """Copy into the settings what the starting checkpoint determines, before building the model.
 
-    `given` are the settings of the command line, which have the last word on a test.
+    `given` are the names of settings that the command line sets, which a test does not overwrite.
     Returns (class names or None, lines to print).
     """
     path = starting_checkpoint(config)
@@ -488,11 +496,12 @@ def adopt_settings(config, given):
     if path is None:
         return None, []
     content = load_checkpoint(path)
-    weights = weights_in(path, content)
+    weights = weights_in(path, content)         # or a UserError, if this is no checkpoint
     saved = content.get("config", {})
     saved_model = saved.get("model", {})
 
-    # A run that resumes takes this alone, and fit checks the rest
+    # A run that resumes takes pretrained_clip alone, with which the model is built. fit compares
+    # all other settings.
     if resumes(config):
         if not any(settings["pretrained_clip"]):
             settings["pretrained_clip"] = saved_model.get("pretrained_clip", [0, 0])
@@ -504,11 +513,11 @@ def adopt_settings(config, given):
         if "head.weight" not in weights:
             raise UserError(f"finetune.test_only: {path} holds no classifier; set finetune.init")
         lines += take_test_settings(path, saved, config, given)
-    return content.get("classes"), lines
+    return content.get("classes"), lines                # only a test needs them
 
 
 def begin(model, config, classes):
-    """Load the weights that the run begins with, if any. Returns a sentence on it."""
+    """Load the weights that the run begins with, unless fit will. Returns a sentence on it."""
     path = starting_checkpoint(config)
     if path is None:
         return "scratch"
@@ -525,10 +534,11 @@ def begin(model, config, classes):
 
 
 def mix_videos(clips, labels, mixes, repeats):
-    """MixUp or CutMix, one of the transforms `mixes`, of a micro-batch: (clips, targets).
+    """Mix a micro-batch by MixUp or CutMix, one of `mixes` at random: (clips, targets).
 
-    clips [B R, 3, T, H, W] and labels [B R], the R = `repeats` clips of a video one after
-    another; targets [B R, classes]. Every clip is mixed with one of another video.
+    clips [B R, 3, T, H, W] and labels [B R]; the R = `repeats` clips of a video are adjacent.
+    Every clip is mixed with one of another video. The result is in another order, and its
+    targets are [B R, classes].
     """
     # The transforms mix each clip with the one before it, and the first with the last. So the
     # first clips of all videos come first, then the second ones, and so on: neighbours are
@@ -536,7 +546,8 @@ def mix_videos(clips, labels, mixes, repeats):
     clips = clips.unflatten(0, (-1, repeats)).transpose(0, 1).flatten(0, 1)
     labels = labels.unflatten(0, (-1, repeats)).T.flatten()
     mix = mixes[torch.randint(len(mixes), ()).item()]
-    # The transforms take clips of five dimensions only as a Video
+    # The transforms take five dimensions only as a Video. They mix along the batch and cut in
+    # height and width, so the order of channels and frames does not matter.
     clips, targets = mix(Video(clips), labels)
     return clips.as_subclass(torch.Tensor), targets
 
@@ -570,13 +581,16 @@ def print_start(config, model, lists, origin, lines):
 
 
 def train_classifier(config, machine, model, lists):
-    """Fine-tune or probe. Returns False if the run was finished before."""
+    """Fine-tune or probe; then the model holds last.pt's weights.
+
+    Returns False if the run was finished before.
+    """
     run = config["run"]
     settings = config["finetune"]
     repeats = settings["clips_per_video"]
     last_pt = Path(run["output"], "last.pt")
     best_pt = Path(run["output"], "best.pt")
-    # A run that resumes has a best accuracy already, on the data.val of that time
+    # A run that resumes goes on from best.pt's accuracy, even if data.val has changed since
     best_top1 = -1.0
     if last_pt.exists() and best_pt.exists():
         best_top1 = load_checkpoint(best_pt)["top1"]
@@ -589,7 +603,7 @@ def train_classifier(config, machine, model, lists):
     mixes = [mix(alpha=settings[key], num_classes=len(lists.classes))
              for mix, key in ((MixUp, "mixup"), (CutMix, "cutmix")) if settings[key] > 0]
 
-    def loss_of(forward, batch, step, rows):
+    def loss_of(forward, batch, step, rows):            # as fit calls it
         # Mixing, drop path and dropout depend on the step and the rows alone, so that a
         # resumed run repeats them
         torch.manual_seed(stream_seed(run["seed"], "mixing", step, int(rows[0])))
@@ -604,7 +618,7 @@ def train_classifier(config, machine, model, lists):
         logits = forward(clips).float()
         return F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
 
-    def validate(epoch, is_last, log):
+    def validate(epoch, is_last, log):                  # as fit calls it at an epoch's end
         nonlocal best_top1
         is_due = is_last or epoch % settings["validate_epochs"] == 0
         if epoch == 0 or not is_due:        # epoch 0 comes before the first step
@@ -643,7 +657,7 @@ def print_scores(scores, output):
 
 
 def finetune(config, given=frozenset()):
-    """Train and test as the settings say; `given` are those that the command line sets."""
+    """Train and test as the settings say; `given` are the names that the command line sets."""
     run = config["run"]
     settings = config["finetune"]
     output = Path(run["output"])
@@ -663,8 +677,8 @@ def finetune(config, given=frozenset()):
         trained = train_classifier(config, machine, model, lists)
         origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before'}"
 
-    # The test on several views: of the last weights, as the protocol has it; with test_only
-    # of those in finetune.init
+    # The test on several views takes the last weights, not best.pt, as VideoMAE's does. With
+    # test_only it takes those in finetune.init.
     clips = settings["test_clips"]
     crops = settings["test_crops"]
     results = evaluate(model, lists.test, config, machine, clips, crops)
