@@ -14,7 +14,7 @@ A video's way from a line of a CSV file to the loss:
 Everything random about a sample depends on the seed, the epoch and the sample
 alone, not on workers, processes or restarts.
 
-    python data.py check LIST [LIST ...] [--root DIR]    decode everything, name what is unreadable
+    python data.py check LIST [LIST ...] [--root DIR]    decode all frames, name unreadable videos
     python data.py shrink SRC DST                        re-encode a folder so that it decodes fast
 """
 
@@ -65,10 +65,10 @@ class UserError(Exception):
 
 
 def stream_seed(seed, purpose, *numbers):
-    """The seed of a random stream that no other purpose, and no other numbers, share."""
+    """The seed of a random stream. Another purpose, or other numbers, give another seed."""
     text = " ".join(map(str, (seed, purpose, *numbers)))
     digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:7], "big")            # 56 bits, which every generator takes
+    return int.from_bytes(digest[:7], "big")            # 56 bits, which fit an int64
 
 
 # --- Annotations, read as downloaded ----------------------------------------
@@ -84,6 +84,11 @@ def has_suffix(path, suffixes):
     return os.path.splitext(path)[1].lower() in suffixes
 
 
+def is_loop(folder):
+    """True for a link to its own parent or one above, which would be followed for ever."""
+    return folder.parent.resolve().is_relative_to(folder.resolve())
+
+
 def videos_below(folder):
     """The videos in a folder and its subfolders, links followed, in alphabetical order.
 
@@ -94,14 +99,9 @@ def videos_below(folder):
     for parent, folders, names in os.walk(folder, followlinks=True):
         parent = Path(parent)
         names = [name for name in names if not name.startswith(".")]
-
-        def is_loop(name):
-            """True for a link to this folder or one above, which would be followed for ever."""
-            return parent.resolve().is_relative_to((parent / name).resolve())
-
         # os.walk goes into those that stay in this list
         folders[:] = [name for name in folders
-                      if not name.startswith((".", "__MACOSX")) and not is_loop(name)]
+                      if not name.startswith((".", "__MACOSX")) and not is_loop(parent / name)]
         here = [parent / name for name in names if has_suffix(name, VIDEO_SUFFIXES)]
         has_images = any(has_suffix(name, IMAGE_SUFFIXES) for name in names)
         if has_images and not here and not folders:
@@ -142,8 +142,8 @@ def read_folder(source):
     videos = videos_below(source)
     if not videos:
         raise UserError(f"{source}: there are no videos in this folder or below it")
-    # There are no classes if a video lies directly in the folder, or if the folder is one video, as
-    # images
+    # There are no classes if a video lies directly in the folder, or if the folder is one video,
+    # as images
     if any(source in (path, path.parent) for path in videos):
         return [(path, None) for path in videos]
     named = [(path, path.relative_to(source).parts[0]) for path in videos]
@@ -471,8 +471,8 @@ def read_packets(container, stream):
     # These decoders fail at frames before the first key frame, whose references are missing
     if stream.codec_context.name in ("hevc", "vp8", "vp9"):
         packets = list(dropwhile(lambda packet: not packet.is_keyframe, packets))
-    # Discard packets are decoded but not shown: an edit list has cut them off. There may also be no
-    # packets at all.
+    # Discard packets are decoded but not shown: an edit list has cut them off. No packets at
+    # all are refused too.
     if all(packet.is_discard for packet in packets):
         raise ValueError("it holds no video frames")
     return packets
@@ -505,8 +505,8 @@ def timestamps_identify_frames(container, stream, packets):
     # MKV have wrong timestamps.
     if "mov" not in formats and "mpegts" not in formats and decoder.name != "vp9":
         return False
-    # With other codecs a packet may hold no picture, or the first packet may be wrongly marked as a
-    # key frame
+    # With other codecs a packet may hold no picture, or the first packet may be wrongly marked
+    # as a key frame
     if decoder.name not in ("h264", "hevc", "vp9", "libdav1d"):
         return False
     if None in times or len(set(times)) < len(times):
@@ -710,7 +710,8 @@ def read_clips(path, choose):
     """Decode clips of one video: [uint8 tensor [T, H, W, 3], ...], RGB and upright.
 
     choose(number of frames) -> [[frame number, ...], ...], a list for every clip.
-    Numbers beyond the last frame repeat it. Raises UnreadableVideo.
+    Numbers beyond the last frame repeat it. Images of a folder are not turned: their EXIF
+    is ignored. Raises UnreadableVideo.
     """
     if os.path.isdir(path):
         return read_image_clips(path, choose)
@@ -853,9 +854,9 @@ RAND_AUGMENT = (
 # Of these, those whose result at a pixel depends on that pixel alone
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
-# The operations below give the same pixels as Pillow's, which timm and VideoMAE use. They differ
-# by at most one grey level, where Pillow rounds an intermediate result. They go from plane to
-# plane (a channel of a frame, [H, W]), because the floats and indices of one plane stay in the
+# The operations below follow Pillow's, which timm and VideoMAE use. Pixels are the same, or differ
+# by one grey level where Pillow rounds an intermediate result. They go from plane to plane (a
+# channel of a frame, [H, W]), because the floats and indices of one plane stay in the
 # processor's cache. A box is (top, left, height, width).
 
 
@@ -866,7 +867,7 @@ def look_up(clip, tables):
     each plane.
     """
     tables = tables.clamp(0, 255).byte().expand(*clip.shape[:2], 256)
-    result = torch.empty_like(clip, memory_format=torch.contiguous_format)
+    result = torch.empty(clip.shape, dtype=torch.uint8)
     for plane, new, table in zip(
             clip.flatten(0, 1), result.flatten(0, 1), tables.flatten(0, 1)):
         new.copy_(table.index_select(0, plane.flatten().int()).view_as(plane))
@@ -958,7 +959,7 @@ def warp(clip, matrix, box):
     upper = places(row, column), places(row, column + 1)
     lower = places(row + 1, column), places(row + 1, column + 1)
 
-    # Shears and moves leave one axis as it is, and along that nothing falls between two pixels
+    # A shear or a move leaves one axis as it is, and need not interpolate along it
     along_x = to_right.any()
     along_y = down.any()
 
@@ -1115,10 +1116,9 @@ def normalise(clips, device):
 
 
 class Sample(NamedTuple):
-    """What is read of one listed video: R clips or test views, uint8 [R, 3, T, size, size].
+    """What is read of one listed video: R clips, uint8 [R, 3, T, size, size].
 
-    `clips` is None if no video could be read. The label is the number of the class; without
-    one it is -1 in training, and None in a test, which does not use it.
+    `clips` is None if no video could be read. The label is a class number, or -1.
     `unreadable` holds the reasons of all videos that were tried and could not be read.
     """
     clips: torch.Tensor | None
@@ -1188,9 +1188,10 @@ def collate(samples):
 
 
 class Views(Dataset):
-    """The test views of listed videos. Item i is (i, the Sample of entry i).
+    """The test views of listed videos, R = clips x crops of each.
 
-    A test never takes another video in place of an unreadable one.
+    Item i is (i, views uint8 [R, 3, T, size, size], None), or (i, None, reason) if entry i
+    is unreadable. A test never takes another video in its place.
     """
 
     def __init__(self, entries, choose, size, crops):
@@ -1200,13 +1201,14 @@ class Views(Dataset):
         self.crops = crops
 
     def __getitem__(self, i):
-        path, label = self.entries[i]
+        views = []
         try:
-            clips = read_clips(path, self.choose)       # one decode for all views
+            for clip in read_clips(self.entries[i].path, self.choose):  # [T, H, W, 3]
+                clip = clip.permute(0, 3, 1, 2)                         # [T, 3, H, W]
+                views.append(spatial_views(clip, self.size, self.crops))
         except UnreadableVideo as error:
-            return i, Sample(None, label, [str(error)])
-        views = [spatial_views(clip.permute(0, 3, 1, 2), self.size, self.crops) for clip in clips]
-        return i, Sample(torch.cat(views).transpose(1, 2), label, [])
+            return i, None, str(error)
+        return i, torch.cat(views).transpose(1, 2), None
 
 
 def training_order(size, batch, first_step, end_step, seed, rank, world_size):
@@ -1369,9 +1371,8 @@ def write_video(path, frames):
 def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
     """Write the toy set to the folder `root`, unless that exists.
 
-    The folder appears only when it is complete.
-    train.txt and val.txt list its videos, few.txt lists ten of train's in each class, and
-    classes.txt names the classes.
+    The folder appears only when it is complete. train.txt and val.txt list its videos,
+    few.txt lists ten training videos of each class, and classes.txt names the classes.
     """
     root = Path(root).expanduser()
     if root.exists():
@@ -1425,7 +1426,7 @@ def collect_reasons(function, jobs, workers):
 
 
 def unreadable_reason(path):
-    """None, or why the video cannot be read. A file that breaks off can, up to there."""
+    """None, or why the video is unreadable. A file that breaks off is readable up to there."""
     try:
         if os.path.isdir(path):
             for image in image_files(path):
@@ -1477,7 +1478,7 @@ def add_shrunk_stream(writer, frame, is_turned, stream, short_side, key_frames):
     scale = min(1, short_side / min(frame.width, frame.height))
     width = max(2, round(frame.width * scale / 2) * 2)          # H.264 wants even sizes
     height = max(2, round(frame.height * scale / 2) * 2)
-    # Without a pyramid no frame refers to a B-frame, so a reader may skip all that it does not want
+    # Without a pyramid no frame refers to a B-frame: decode_indexed skips those not wanted
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode",
                "x264-params": "b-pyramid=none"}
     rate = stream.average_rate if stream else None

@@ -261,20 +261,19 @@ def evaluate(model, entries, config, machine, clips, crops):
         pin_memory=machine.device.type == "cuda", context=machine.worker_context)
     results = {}
     model.eval()
-    # A batch is a list of (entry number, data.Sample)
-    for samples in tqdm(batches, desc="testing", unit="batch", leave=False,
-                        disable=not machine.is_first):
+    for batch in tqdm(batches, desc="testing", unit="batch", leave=False,
+                      disable=not machine.is_first):
         readable = {}
-        for i, sample in samples:
-            if sample.clips is None:
-                results[i] = Result(entries[i], None, sample.unreadable[0])
+        for i, views, reason in batch:                  # as data.Views gives them
+            if views is None:
+                results[i] = Result(entries[i], None, reason)
             else:
-                readable[i] = machine.send(sample.clips)
+                readable[i] = machine.send(views)
         if readable:
-            views = torch.cat(list(readable.values()))                  # [n views, 3, T, H, W]
+            all_views = torch.cat(list(readable.values()))              # [n views, 3, T, H, W]
             with machine.autocast():
                 logits = [model(data.normalise(part, machine.device))
-                          for part in views.split(view_limit)]
+                          for part in all_views.split(view_limit)]
             probabilities = torch.cat(logits).float().softmax(1)        # [n views, classes]
             means = probabilities.unflatten(0, (len(readable), -1)).mean(1).cpu()
             for i, mean in zip(readable, means):

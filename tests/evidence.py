@@ -113,7 +113,7 @@ def read_views(entries, frames, size):
     """One view of every video, and its labels: one frame from each of `frames` segments."""
     choose = partial(data.segment_views, frames=frames, clips=1)
     views = data.Views(entries, choose, size, 1)
-    clips = torch.cat([views[i][1].clips for i in range(len(entries))])     # [n, 3, T, H, W]
+    clips = torch.cat([views[i][1] for i in range(len(entries))])           # [n, 3, T, H, W]
     return clips, torch.tensor([entry.label for entry in entries])
 
 
