@@ -164,7 +164,8 @@ def attention_masks(M, R, V, predict_after=1):
     """
     place = torch.arange(1, M + 1)
     seen_place = place[:-1].repeat_interleave(V)            # [S]: 1 1 .. 2 2 .. M-1
-    queried_place = place[predict_after:].repeat_interleave(R)  # [Q], after 1: 2 2 .. 3 3 .. M
+    # With predict_after=1 these are 2 2 .. 3 3 .. M
+    queried_place = place[predict_after:].repeat_interleave(R)      # [Q]
     encoder_mask = seen_place[:, None] >= seen_place        # [S, S]
     decoder_mask = queried_place[:, None] > seen_place      # [Q, S]
     return encoder_mask, decoder_mask
@@ -369,7 +370,7 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """From now on take clips of `frames` x `size` x `size`, with interpolated positions."""
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # Into .data: if a changed copy of this code learns positions, they stay that parameter
+        # Assign .data: a fork may have made positions a Parameter, which must stay the same object
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 

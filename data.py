@@ -85,7 +85,7 @@ def has_suffix(path, suffixes):
 
 
 def is_loop(folder):
-    """True for a link to its own parent or one above, which would be followed for ever."""
+    """True for a link to a folder that holds it, which would be followed for ever."""
     return folder.parent.resolve().is_relative_to(folder.resolve())
 
 
@@ -471,8 +471,8 @@ def read_packets(container, stream):
     # These decoders fail at frames before the first key frame, whose references are missing
     if stream.codec_context.name in ("hevc", "vp8", "vp9"):
         packets = list(dropwhile(lambda packet: not packet.is_keyframe, packets))
-    # Discard packets are decoded but not shown: an edit list has cut them off. No packets at
-    # all are refused too.
+    # Discard packets are decoded but not shown: an edit list has cut them off. A stream without
+    # any packet is refused too.
     if all(packet.is_discard for packet in packets):
         raise ValueError("it holds no video frames")
     return packets
@@ -539,12 +539,12 @@ def packets_needed(packets, wanted):
     group of pictures), may need frames from before that key frame.
     """
     number_of = {packet.pts: i for i, packet in enumerate(packets)}
-    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
     needed = set()
     for pts in wanted:
         end = number_of[pts]
-        # The first packet is a key frame and shown first, so there always is one
-        start = max(i for i in keys if i <= end and packets[i].pts <= pts)
+        # Search backwards. The first packet is a key frame and shown first, so there always is one.
+        start = next(i for i in range(end, -1, -1)
+                     if packets[i].is_keyframe and packets[i].pts <= pts)
         needed.update(range(start, end + 1))
     return needed
 

@@ -4,7 +4,7 @@ Fine-tune or probe a pretrained encoder, and test it on several views of each vi
     python train_finetune.py [PRESET ...] [section.key=value ...]       after train_pretrain.py
     python train_finetune.py k400 linear                                a linear probe
     python train_finetune.py k400 finetune.test_only=true               the test alone
-    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER   name their classes
+    python train_finetune.py k400 finetune.test_only=true data.val=FOLDER   classify its videos
     torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2     eight GPUs
 
 Writes last.pt, best.pt (the best on validation), log.jsonl, results.json and
@@ -41,8 +41,8 @@ CLIP_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
 TEST_SETTINGS = ("finetune.sampling", "data.stride", "model.frames", "model.size")
 # [frames, size] of VideoMAE's pretraining, which its files do not tell
 VIDEOMAE_CLIP = [16, 224]
-# Names of what a Classifier has beside the encoder. They are left behind when only the encoder is
-# loaded
+# What the names of a classifier's own weights begin with. These are left behind when the encoder
+# alone is loaded.
 CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
 
@@ -135,7 +135,7 @@ def layer_decay(depth, decay):
     def scale(name):
         # Layer 0 is the cube embedding, 1 to depth are the blocks, depth + 1 is the head
         layer = depth + 1
-        # Positions are fixed, but a changed copy of this code may learn them
+        # Positions are fixed, but a fork may learn them
         if name.startswith("patch_embed.") or name == "positions":
             layer = 0
         elif name.startswith("blocks."):
@@ -487,7 +487,7 @@ def take_test_settings(path, saved_config, config, given):
 def adopt_settings(config, given):
     """Copy into the settings what the starting checkpoint determines, before building the model.
 
-    `given` are the names of settings that the command line sets, which a test does not overwrite.
+    `given` holds the names of the command line's settings, which a test does not overwrite.
     Returns (class names or None, lines to print).
     """
     path = starting_checkpoint(config)
@@ -656,7 +656,7 @@ def print_scores(scores, output):
 
 
 def finetune(config, given=frozenset()):
-    """Train and test as the settings say; `given` are the names that the command line sets."""
+    """Train and test as the settings say; `given` holds the names of the command line's."""
     run = config["run"]
     settings = config["finetune"]
     output = Path(run["output"])

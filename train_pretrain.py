@@ -214,8 +214,8 @@ def load_config(arguments, stage):
         section, dot, key = name.partition(".")
         if not dot:
             raise UserError(f"'{argument}' is not of the form section.key=value")
-        # Where the default is a text, the value is one too, even run.output=2024. Everything else
-        # is read as YAML, and so is what stands for the "auto" of AUTO: a number or a truth value.
+        # Where the default is a text, the value is one too, even run.output=2024. All else is YAML.
+        # So are the settings of AUTO, which beside "auto" take a number or a truth value.
         is_text = isinstance(config.get(section, {}).get(key), str) and name not in AUTO
         if not is_text:
             with contextlib.suppress(yaml.YAMLError):   # what is no YAML is refused below
@@ -279,8 +279,8 @@ def join_processes(device):
     # As init_process_group would do by itself, but the store is needed below
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the processes before. So that
-    # nobody connects to these, each attempt gets a prefix of its own. Not so on several machines:
-    # they may count different restarts, and with different prefixes would not find each other.
+    # nobody connects to these, each attempt gets a prefix of its own. Not so on several machines,
+    # which may count their restarts differently: then they would not find each other.
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines == 1:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -884,7 +884,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             loss, reasons, waited = accumulate_gradients(
                 forward, batches, step, plan, machine, loss_of)
             norm = clip_gradients(machine, model, optimizer, config[stage]["clip_norm"])
-            # Wait for the GPU, once. The norm is the same everywhere; it only comes along.
+            # One wait for the GPU. The norm, equal in all processes, is read with the rest.
             loss, norm, unreadable, stopping = machine.sum(
                 loss / machine.world_size, norm / machine.world_size, len(reasons), len(signals))
             training.require_finite(loss, norm, lr)

@@ -110,7 +110,7 @@ def test_a_readout_finds_classes_in_features_and_none_in_noise():
     for name, inputs in (("features", features), ("noise", noise)):
         train, val = inputs.split([200, 100])
         penalty = evidence.choose_penalty(train, labels[:200])
-        accuracy[name] = evidence.regression_accuracy(
+        accuracy[name] = evidence.ridge_accuracy(
             train, labels[:200], val, labels[200:], penalty)
     assert accuracy["features"] > 85
     assert accuracy["noise"] < 50                       # chance is 33
