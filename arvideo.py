@@ -177,7 +177,7 @@ def attention_masks(M, R, V, predict_after=1):
 def sine_cosine(positions, width):
     """[n] positions -> [n, width]: sine at even channels, cosine at odd ones.
 
-    Wavelengths go from 2 pi to nearly 20000 pi.
+    The wavelengths are 2 pi 10000^(i / width), for i = 0, 2, 4 and so on.
     """
     channel = torch.arange(width, dtype=torch.float64)
     frequency = 1 / 10000 ** (2 * (channel // 2) / width)
@@ -238,7 +238,7 @@ class CubeEmbedding(nn.Module):
     def forward(self, cubes):
         """[B, n, 3, P] -> [B, n, D]"""
         # A convolution would need the whole video, a matrix product only the visible cubes. The
-        # flattened kernel has a cube's numbers in the same order: colour, time, height, width.
+        # flattened kernel is in the order of a cube's pixels: colour, time, height, width.
         weight = self.proj.weight.flatten(1)        # [D, 3 P]
         return F.linear(cubes.flatten(2), weight, self.proj.bias)
 
@@ -339,8 +339,8 @@ class Encoder(nn.Module):
     """A plain ViT over cubes, with VideoMAE's parameter names.
 
     `pretrained_clip` is (frames, size) of the clips that the weights were pretrained on.
-    The table of positions is made for them and interpolated to this encoder's clips.
-    (0, 0) means the same clips.
+    The table of positions is made for those clips and interpolated to this encoder's
+    own. (0, 0) means that both are the same.
     `checkpointing` computes activations again in the backward pass, which saves
     memory. Raises ValueError if cubes do not fill the video or heads do not divide the
     width.
@@ -370,7 +370,7 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """From now on take clips of `frames` x `size` x `size`, with interpolated positions."""
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # Assign .data: a fork may have made positions a Parameter, which must stay the same object
+        # .data: if a fork has made positions a Parameter, a plain tensor cannot be assigned to it
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 

@@ -11,7 +11,7 @@ A video's way from a line of a CSV file to the loss:
 5. `normalise` moves it to the device and makes it floats.
 6. `ARVideo.forward` cuts it into cubes and returns the loss.
 
-Everything random about a sample depends on the seed, the epoch and the sample
+What is random about a sample's clips depends on the seed, the epoch and the sample
 alone, not on workers, processes or restarts.
 
     python data.py check LIST [LIST ...] [--root DIR]    decode all frames, name unreadable videos
@@ -142,8 +142,8 @@ def read_folder(source):
     videos = videos_below(source)
     if not videos:
         raise UserError(f"{source}: there are no videos in this folder or below it")
-    # There are no classes if a video lies directly in the folder, or if the folder is one video,
-    # as images
+    # There are no classes if a video lies directly in the folder, or if the folder itself is one
+    # video, a folder of images
     if any(source in (path, path.parent) for path in videos):
         return [(path, None) for path in videos]
     named = [(path, path.relative_to(source).parts[0]) for path in videos]
@@ -326,7 +326,7 @@ def read_annotations(source, root="", classes=None):
     Videos are looked for below `root`, or beside the annotations if `root` is empty. The
     paths of a list may always be relative to the list's folder. `classes`, the names known
     from the training set or from a checkpoint, fixes the class numbers.
-    UserError names the file, the line and what is wrong.
+    UserError names the file, what is wrong, and the line if a single one is at fault.
     """
     # Find the annotations, as given or below root, and the folder of the videos
     candidates = [Path(source).expanduser(), Path(root, source).expanduser()]
@@ -363,7 +363,7 @@ def read_annotations(source, root="", classes=None):
             named = read_list(source, text, folders)
             find = partial(find_file, folders=folders)
             names = read_class_names(source.with_name("classes.txt"))
-            # Without labels, no number can mean another class
+            # A list without labels has no class numbers that classes.txt could contradict
             if named and named[0][1] is not None:
                 refuse_other_names(source, names, classes)
             classes = classes or names
@@ -552,9 +552,9 @@ def packets_needed(packets, wanted):
 def decode_indexed(decoder, packets, wanted, convert):
     """{timestamp: converted frame} for those of the wanted timestamps that the decoder gives.
 
-    For each wanted frame:
-    1. Find the key frame to start from (packets_needed).
-    2. Feed the decoder the packets from there up to the wanted frame, and no others.
+    In one pass, in the order of the file:
+    1. Find the packets from each wanted frame's key frame up to that frame (packets_needed).
+    2. Feed the decoder these packets, and no others.
     3. Where packets are left out, drain the decoder, by feeding it None, and reset it.
     4. Refuse damaged frames, wanted or not: damage spreads to later frames.
     5. Keep the frames whose timestamps are wanted.
@@ -580,8 +580,8 @@ def decode_indexed(decoder, packets, wanted, convert):
 def decode_all(decoder, packets):
     """Every frame, in the order of display.
 
-    If the file breaks off, the last packet may be incomplete. A damaged last frame is left
-    out.
+    If the file breaks off, the last packet may be incomplete. Then it may fail to decode,
+    or its frame is damaged and left out.
     """
     last = packets[-1]
     for packet in [*packets, None]:                     # None drains the decoder
@@ -643,9 +643,9 @@ def decode_clips(container, stream, choose, convert):
             if len(frames) == len(wanted):
                 return clips, frames
 
-    # Else decode from the start. First assume one frame for each packet. If fewer came out, the
-    # decoder ran to the end, and their number is the true one: try again with it. If none came,
-    # give up.
+    # Else decode from the start. First assume one frame for each packet. If a wanted frame did not
+    # come, the decoder has run to the end, and `count` is now the true number of frames: choose
+    # again with it. If none came, give up.
     count = len(packets)
     while count:
         # The attempt before may have left the decoder anywhere
@@ -856,8 +856,8 @@ POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "b
 
 # The operations below follow Pillow's, which timm and VideoMAE use. Pixels are the same, or differ
 # by one grey level where Pillow rounds an intermediate result. They go from plane to plane (a
-# channel of a frame, [H, W]), because the floats and indices of one plane stay in the
-# processor's cache. A box is (top, left, height, width).
+# channel of a frame, [H, W]), or from frame to frame, because the floats and indices of so little
+# stay in the processor's cache. A box is (top, left, height, width).
 
 
 def look_up(clip, tables):
@@ -890,8 +890,8 @@ def equalize_tables(clip):
     for plane in clip.flatten(0, 1):
         histogram = torch.bincount(plane.flatten(), minlength=256)
         darker = histogram.cumsum(0) - histogram                # pixels below each value
-        # As Pillow: pixels for each value of the result, without those of the brightest value.
-        # Adding step // 2 rounds.
+        # As Pillow, `step` is the number of pixels that each value of the result gets. Those of the
+        # brightest value are not counted. Adding step // 2 rounds.
         brightest = histogram[plane.max().int()]
         step = (plane.numel() - brightest) // 255
         tables.append((step // 2 + darker) // step if step > 0 else torch.arange(256))
@@ -1053,8 +1053,8 @@ def draw_operations(count, magnitude):
 def rand_augment(clip, operations, box):
     """The box of a uint8 clip [T, 3, H, W] after these operations, the same for all frames.
 
-    Recursive, from the last operation. If that is pointwise, it needs only the box of what
-    the earlier ones give, else the whole frame.
+    Recursive, the last operation first. A pointwise one needs only the box of the earlier
+    ones' result. Any other needs the whole frame of it.
     """
     if not operations:
         return tv.crop(clip, *box)
@@ -1254,12 +1254,12 @@ def start_loading(loader):
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The server imports what workers need once, and they begin as its copies
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # The resource tracker, which the server needs, starts first: its start would unblock
-        # SIGTERM, which is blocked next
+        # The server needs the resource tracker. It is started before SIGTERM is blocked below,
+        # since its start ends by unblocking SIGTERM
         resource_tracker.ensure_running()
-    # The DataLoader starts the fork server. It would die of a SIGTERM that is sent to all
-    # processes of a run, but it inherits a block of SIGTERM. One that comes for this process in
-    # that time is delivered afterwards.
+    # The DataLoader starts the fork server. A SIGTERM that is sent to all processes of a run would
+    # kill it, so SIGTERM is blocked here: the server inherits the block and keeps it. A SIGTERM
+    # that reaches this process meanwhile is delivered when the block ends.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         batches = iter(loader)
@@ -1299,10 +1299,10 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# The motion of each class from one frame to the next, before the random speed:
-# (window to the right, window down, in pixels of the texture; picture's clockwise turn, in radians;
-# picture's growth, as the logarithm of its size). A window that goes right shows a picture that
-# goes left.
+# The motion of each class from one frame to the next, before the random speed, as four numbers:
+# 1, 2  how far the window goes over the texture, right and down, in pixels of the texture. What is
+#       seen goes the other way: "left" is a window that goes right.
+# 3, 4  what is seen: its clockwise turn in radians, its growth as the logarithm of its size
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
@@ -1329,7 +1329,7 @@ def toy_clip(motion, generator):
     x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
     texture = (texture / texture.std() * 0.2 + 0.4 + 0.2 * brightness).clamp(0, 1)
 
-    # Frames from the middle of the clip, times the speed
+    # How many frames each one is from the middle of the clip, times the speed, 0.75 to 1.25
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
     # How far the motion has come in every frame
     window_right, window_down, turned, zoomed = (
@@ -1341,7 +1341,8 @@ def toy_clip(motion, generator):
     # its 128 pixels is 2 / 128. The window shifts along its own axes, so the shift is rotated too.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([window_right, window_down], 1).unsqueeze(2) * 2 / 128
-    middle = 0.4 * (torch.tensor([[x], [y]]) - 0.5)     # at most 0.2 from the texture's centre
+    # At most 0.2 from the texture's centre, along each axis
+    middle = 0.4 * (torch.tensor([[x], [y]]) - 0.5)
     centre = rotation @ shift + middle                  # [T, 2, 1]
     matrix = rotation * torch.exp(-log_zoom).view(-1, 1, 1) * TOY_SIZE / 128
     shape = (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE)
@@ -1426,7 +1427,10 @@ def collect_reasons(function, jobs, workers):
 
 
 def unreadable_reason(path):
-    """None, or why the video is unreadable. A file that breaks off is readable up to there."""
+    """None, or why the video is unreadable.
+
+    A file that breaks off is readable if what comes before the break decodes.
+    """
     try:
         if os.path.isdir(path):
             for image in image_files(path):
@@ -1521,7 +1525,8 @@ def write_shrunk(source, target, short_side, key_frames):
 def shrink_video(job, short_side, key_frames):
     """Re-encode a video (source, target) as H.264 without audio. Returns None or the reason.
 
-    At most `short_side` pixels on the short side, a key frame every `key_frames`.
+    The short side has at most `short_side` pixels, rounded to an even number. A key frame
+    comes at least every `key_frames`.
     Frames, the times between them and the shape of pixels stay, but times that do not grow
     are corrected. A rotation or reflection that the file asks for is carried out. The first
     frame's time becomes zero.

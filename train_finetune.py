@@ -35,14 +35,15 @@ from train_pretrain import (
 
 # Keys of section `model` in which a checkpoint must agree with the settings
 ENCODER_KEYS = ("cube", "width", "depth", "heads", "mlp_ratio", "positions")
-# The encoder's other arguments, which may differ from the checkpoint's
+# The encoder's other arguments. set_pretrained_clip compares pretrained_clip with the checkpoint;
+# the rest may differ.
 CLIP_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
 # What finetune.test_only takes from the checkpoint unless the command line says otherwise
 TEST_SETTINGS = ("finetune.sampling", "data.stride", "model.frames", "model.size")
-# [frames, size] of VideoMAE's pretraining, which its files do not tell
+# [frames, size] of VideoMAE's pretraining, assumed for its files, of which not all tell it
 VIDEOMAE_CLIP = [16, 224]
-# What the names of a classifier's own weights begin with. These are left behind when the encoder
-# alone is loaded.
+# Prefixes of the names of a classifier's own weights, which are left behind when the encoder alone
+# is loaded
 CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
 
@@ -160,8 +161,9 @@ def load_weights(model, path, classes):
     """Load a checkpoint, ours or VideoMAE's, into a Classifier or a Probe.
 
     Loads everything if the checkpoint is of the same model and classes. Otherwise it loads the
-    encoder alone, for a Classifier without the final norm. Every other tensor of the encoder must
-    be there and fit. Returns (a sentence on what was loaded, whether it was everything).
+    encoder alone. The final norm is left out for a Classifier, which has none. Every other tensor
+    of the encoder must be there and fit. Returns (a sentence on what was loaded, whether it was
+    everything).
     UserError names the tensors that do not fit.
     """
     content = load_checkpoint(path)
@@ -232,8 +234,8 @@ class Result(NamedTuple):
 def frame_chooser(config, dense, segments, clips):
     """Returns choose(number of frames) -> a list of frame numbers for each clip.
 
-    `dense` and `segments` are data.py's functions for training (_clips) or for tests (_views),
-    of which finetune.sampling takes one.
+    finetune.sampling says whether `dense` or `segments` is used. In training they are data.py's
+    dense_clips and segment_clips, in tests its dense_views and segment_views.
     """
     frames = config["model"]["frames"]
     if config["finetune"]["sampling"] == "dense":
@@ -277,7 +279,7 @@ def evaluate(model, entries, config, machine, clips, crops):
             probabilities = torch.cat(logits).float().softmax(1)        # [n views, classes]
             means = probabilities.unflatten(0, (len(readable), -1)).mean(1).cpu()
             for i, mean in zip(readable, means):
-                # Cloned: sent to other processes, a view would take its whole batch along
+                # Cloned: sent to other processes, a row would take all of `means` along
                 results[i] = Result(entries[i], mean.clone(), None)
     for others in machine.gather(results):
         results.update(others)
@@ -347,7 +349,10 @@ class Lists(NamedTuple):
 
 
 def require_labels(split, entries, source):
-    """UserError if a list, data.`split`, is empty or has no labels. All entries have, or none."""
+    """UserError if the list data.`split` is empty or has no labels.
+
+    It looks at the first entry alone: either all entries of a list have labels, or none.
+    """
     if not entries:
         raise UserError(f"data.{split} is empty: fine-tuning needs a list with labels")
     if entries[0].label is None:
@@ -499,8 +504,8 @@ def adopt_settings(config, given):
     saved = content.get("config", {})
     saved_model = saved.get("model", {})
 
-    # A run that resumes takes pretrained_clip alone, with which the model is built. fit compares
-    # all other settings.
+    # A run that resumes takes pretrained_clip alone, which the model is built with. Whether the
+    # settings fit the run is checked in fit.
     if resumes(config):
         if not any(settings["pretrained_clip"]):
             settings["pretrained_clip"] = saved_model.get("pretrained_clip", [0, 0])
@@ -512,7 +517,8 @@ def adopt_settings(config, given):
         if "head.weight" not in weights:
             raise UserError(f"finetune.test_only: {path} holds no classifier; set finetune.init")
         lines += take_test_settings(path, saved, config, given)
-    return content.get("classes"), lines                # only a test needs them
+    # Only a test needs the class names
+    return content.get("classes"), lines
 
 
 def begin(model, config, classes):
@@ -641,7 +647,7 @@ def train_classifier(config, machine, model, lists):
 
 
 def print_scores(scores, output):
-    """What a test gave: the content of results.json."""
+    """Print the outcome of a test. `scores` is the content of results.json."""
     for reason in scores["unreadable"]:
         print(f"unreadable: {data.printable(reason)}")
     unreadable = len(scores["unreadable"])
@@ -656,7 +662,7 @@ def print_scores(scores, output):
 
 
 def finetune(config, given=frozenset()):
-    """Train and test as the settings say; `given` holds the names of the command line's."""
+    """Train and test as `config` says. `given` names the settings that the command line sets."""
     run = config["run"]
     settings = config["finetune"]
     output = Path(run["output"])

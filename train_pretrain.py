@@ -54,8 +54,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Settings that are "auto", which means what suits the machine, or of the type of the value here.
-# Texts that may be "auto" are in CHOICES.
+# Settings that may be "auto", which means what suits the machine. Any other value must be of the
+# same type as the one here. Settings that are texts and may be "auto" are in CHOICES.
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -78,7 +78,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def read_settings(path):
-    """The sections of a YAML file, {section: {key: value}}. UserError names a mistake's line."""
+    """The sections of a YAML file, {section: {key: value}}. UserError for what is none."""
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
@@ -106,8 +106,8 @@ def as_kind_of(default, value, name):
     """`value`, of the type of `default`. UserError if it is of another type.
 
     Where a float is wanted, an int is taken, and text such as 1e-3, which YAML reads as text.
-    A list must be as long as its default, unless that is empty. No default of ours is, but a
-    fork's may be.
+    A list must be as long as its default. If the default is an empty list, as it may be in a
+    fork, any list will do.
     """
     kind = type(default)
     if kind is float and type(value) in (int, str):
@@ -214,8 +214,9 @@ def load_config(arguments, stage):
         section, dot, key = name.partition(".")
         if not dot:
             raise UserError(f"'{argument}' is not of the form section.key=value")
-        # Where the default is a text, the value is one too, even run.output=2024. All else is YAML.
-        # So are the settings of AUTO, which beside "auto" take a number or a truth value.
+        # Where the default is a text, the value stays a text, even run.output=2024. All else is
+        # read as YAML. So are the settings of AUTO: their default, "auto", is a text, but they
+        # may also be a number or a truth value.
         is_text = isinstance(config.get(section, {}).get(key), str) and name not in AUTO
         if not is_text:
             with contextlib.suppress(yaml.YAMLError):   # what is no YAML is refused below
@@ -342,7 +343,7 @@ class Machine:
         return model
 
     def send(self, tensor):
-        """The tensor on this device. This process does not wait for the copy to a GPU."""
+        """The tensor on this device. From pinned memory, the copy to a GPU is not waited for."""
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def update(self, optimizer):
@@ -474,10 +475,10 @@ def clip_gradients(machine, model, optimizer, limit):
 
 
 def make_optimizer(model, settings, device, scale=lambda name: 1.0):
-    """AdamW without weight decay on biases, norms, other vectors and learned positions.
+    """AdamW, without weight decay on one-dimensional parameters: biases and norms.
 
-    scale(name) multiplies the learning rate of a parameter. Every group keeps this factor
-    under the key "scale".
+    Positions are not decayed either: a fork may learn them. scale(name) multiplies the
+    learning rate of a parameter. Every group keeps this factor under the key "scale".
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -604,8 +605,8 @@ class Log:
 
 # --- Training ---------------------------------------------------------------
 
-# Keys of the sections data, model and pretrain or finetune that may differ when a run resumes.
-# Of section run, only the seed must be the same.
+# Keys that may differ when a run resumes: of section data, of section model, and of the section
+# that is trained, pretrain or finetune. Of section run, only the seed must be the same.
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
@@ -695,8 +696,8 @@ class Training:
 
     def require_finite(self, loss, norm, lr):
         """Stop if the loss or the gradient is not finite; the last checkpoint stays good."""
-        # In fp16 an infinite norm is usual: the scaler skips the update and halves its scale. At
-        # a scale of 1 that cannot help any more.
+        # In fp16 an infinite norm now and then is normal: the scaler skips the update and halves
+        # its scale. At a scale of 1 the gradient itself is too large.
         scaler = self.machine.scaler
         can_recover = scaler.is_enabled() and scaler.get_scale() > 1
         norm_is_fine = math.isfinite(norm) or can_recover
@@ -741,7 +742,7 @@ class Training:
                 f"{waited / seconds:.0%} waiting for data")
 
     def log_scores(self, scores):
-        """Log what a validation gave, or None."""
+        """Log the scores of a validation. They are None where there was none."""
         if self.log and scores:
             self.log.write(self.step, **scores)
 
@@ -827,7 +828,8 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
         asked = time.perf_counter()
         batch = next(batches)
-        # A wait costs nothing while the GPU has work. query() is true when it has none.
+        # A wait counts if the GPU has nothing left to do at its end: then query() is true. Without
+        # a GPU every wait counts.
         is_busy = machine.device.type == "cuda" and not torch.cuda.current_stream().query()
         if not is_busy:
             waited += time.perf_counter() - asked
@@ -859,8 +861,8 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
     loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is the model as
     wrap_model gives it, `batch` a data.Batch, `rows` [b] are its rows in the global batch.
     end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
-    It returns scores to log, or None. `log` is the Log in the first process, None in others.
-    A run resumes only if `must_match` is the same. Returns False if it was finished before.
+    It returns None or scores, which are logged except for epoch 0. `log` is None but in the first
+    process. A run resumes only if `must_match` is the same. Returns False if it was finished.
     """
     training = Training(config, stage, machine, model, optimizer, len(videos), must_match)
     training.resume()
@@ -884,7 +886,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             loss, reasons, waited = accumulate_gradients(
                 forward, batches, step, plan, machine, loss_of)
             norm = clip_gradients(machine, model, optimizer, config[stage]["clip_norm"])
-            # One wait for the GPU. The norm, equal in all processes, is read with the rest.
+            # One wait for the GPU, for all four. Loss and norm become means over the processes.
             loss, norm, unreadable, stopping = machine.sum(
                 loss / machine.world_size, norm / machine.world_size, len(reasons), len(signals))
             training.require_finite(loss, norm, lr)
