@@ -171,7 +171,7 @@ def attention_masks(M, R, V, predict_after=1):
     return encoder_mask, decoder_mask
 
 
-# --- Layers: those of VideoMAE's ViT ----------------------------------------
+# --- Layers: those of VideoMAE's ViT, and cross-attention -------------------
 
 
 def sine_cosine(positions, width):
@@ -340,10 +340,10 @@ class Encoder(nn.Module):
 
     `pretrained_clip` is (frames, size) of the clips that the weights were pretrained on.
     The table of positions is made for those clips and interpolated to this encoder's
-    own. (0, 0) means that both are the same.
+    `frames` and `size`. (0, 0) means that the pretraining had the same.
     `checkpointing` computes activations again in the backward pass, which saves
-    memory. Raises ValueError if cubes do not fill the video or heads do not divide the
-    width.
+    memory. Raises ValueError if `positions` is unknown, cubes do not fill the video or
+    heads do not divide the width.
     """
 
     def __init__(self, *, frames, size, cube, width, depth, heads, mlp_ratio,

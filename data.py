@@ -326,7 +326,7 @@ def read_annotations(source, root="", classes=None):
     Videos are looked for below `root`, or beside the annotations if `root` is empty. The
     paths of a list may always be relative to the list's folder. `classes`, the names known
     from the training set or from a checkpoint, fixes the class numbers.
-    UserError names the file, what is wrong, and the line if a single one is at fault.
+    UserError names the file, what is wrong, and the line of a CSV or list that is no entry.
     """
     # Find the annotations, as given or below root, and the folder of the videos
     candidates = [Path(source).expanduser(), Path(root, source).expanduser()]
@@ -363,7 +363,7 @@ def read_annotations(source, root="", classes=None):
             named = read_list(source, text, folders)
             find = partial(find_file, folders=folders)
             names = read_class_names(source.with_name("classes.txt"))
-            # A list without labels has no class numbers that classes.txt could contradict
+            # Without labels no class numbers are read, so classes.txt may name any classes
             if named and named[0][1] is not None:
                 refuse_other_names(source, names, classes)
             classes = classes or names
@@ -481,8 +481,8 @@ def read_packets(container, stream):
 def holds_idr(packet, is_mpegts):
     """True if an H.264 packet holds an IDR picture: one that depends on no other.
 
-    MPEG-TS puts a start code before each of the packet's units, MP4 its length. The first
-    byte of a unit holds its type.
+    Before each unit (NAL unit) of the packet, MPEG-TS has a start code and MP4 the unit's
+    length. The low five bits of a unit's first byte are its type.
     """
     content = bytes(packet)
     if is_mpegts:
@@ -534,9 +534,9 @@ def packets_needed(packets, wanted):
     """The set of numbers of the packets to decode for the wanted timestamps.
 
     Decoding goes from a key frame up to each wanted frame. It starts at the last key frame
-    that comes no later than the wanted frame, both in the file and on screen. On screen too,
-    because a frame that follows a key frame in the file, but is shown before it (in an open
-    group of pictures), may need frames from before that key frame.
+    that comes no later than the wanted frame, both in the file and on screen. The file alone
+    is not enough: in an open group of pictures, a frame may follow a key frame in the file,
+    be shown before it, and need frames from before it.
     """
     number_of = {packet.pts: i for i, packet in enumerate(packets)}
     needed = set()
@@ -662,9 +662,9 @@ def decode_clips(container, stream, choose, convert):
 def orientation(frame):
     """Three booleans, the steps that turn a frame upright, in this order.
 
-    Swap rows with columns; flip the rows; flip the columns. They follow from the display
-    matrix of its file, which takes a point (x, y) to (a x + c y, b x + d y). Only quarter
-    turns and reflections occur.
+    Swap rows with columns; reverse the order of rows; reverse the order of columns. They
+    follow from the display matrix of its file, which takes a point (x, y) to
+    (a x + c y, b x + d y). A turn by another angle is taken for the nearest quarter turn.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -789,10 +789,10 @@ def dense_views(count, frames, stride, clips):
 
 
 def segment_views(count, frames, clips):
-    """Spread clips * frames numbers evenly over the video.
+    """clips * frames frame numbers, evenly over the video, dealt out to the clips in turn.
 
-    Clip k takes numbers k, k + clips, k + 2 clips and so on of these. A single clip takes
-    the middles of `frames` segments.
+    Of 3 clips, the first takes the 1st, 4th, 7th number and so on, the second the 2nd, 5th,
+    8th. A single clip takes the middles of `frames` segments instead.
     """
     if clips == 1:
         return [[(2 * i + 1) * count // (2 * frames) for i in range(frames)]]
@@ -854,10 +854,11 @@ RAND_AUGMENT = (
 # Of these, those whose result at a pixel depends on that pixel alone
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
-# The operations below follow Pillow's, which timm and VideoMAE use. Pixels are the same, or differ
-# by one grey level where Pillow rounds an intermediate result. They go from plane to plane (a
-# channel of a frame, [H, W]), or from frame to frame, because the floats and indices of so little
-# stay in the processor's cache. A box is (top, left, height, width).
+# The operations below follow Pillow's, which timm and VideoMAE use (there warps are bicubic, here
+# bilinear). Pixels may differ by one grey level where Pillow rounds an intermediate result, and by
+# more where a warp meets the border of a frame. The operations take one plane (a channel of a
+# frame, [H, W]) or one frame at a time: its floats and indices stay in the processor's cache.
+# A box is (top, left, height, width).
 
 
 def look_up(clip, tables):
@@ -948,7 +949,8 @@ def warp(clip, matrix, box):
     outside = (from_x < 0) | (from_x >= W) | (from_y < 0) | (from_y >= H)
     column = (from_x - 0.5).floor().int()
     row = (from_y - 0.5).floor().int()
-    to_right = (from_x - 0.5 - column).flatten()                # 0 to 1, from pixel to pixel
+    # Shares, 0 to 1, of the way to the next pixel
+    to_right = (from_x - 0.5 - column).flatten()
     down = (from_y - 0.5 - row).flatten()
 
     def places(row, column):
@@ -1053,8 +1055,8 @@ def draw_operations(count, magnitude):
 def rand_augment(clip, operations, box):
     """The box of a uint8 clip [T, 3, H, W] after these operations, the same for all frames.
 
-    Recursive, the last operation first. A pointwise one needs only the box of the earlier
-    ones' result. Any other needs the whole frame of it.
+    Recursive, the last operation first. A pointwise operation needs only the box of what
+    the operations before it return. Any other needs the whole frame of that.
     """
     if not operations:
         return tv.crop(clip, *box)
@@ -1254,8 +1256,8 @@ def start_loading(loader):
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The server imports what workers need once, and they begin as its copies
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # The server needs the resource tracker. It is started before SIGTERM is blocked below,
-        # since its start ends by unblocking SIGTERM
+        # The server needs Python's resource tracker. This is started before SIGTERM is blocked
+        # below: later, its start would unblock SIGTERM again.
         resource_tracker.ensure_running()
     # The DataLoader starts the fork server. A SIGTERM that is sent to all processes of a run would
     # kill it, so SIGTERM is blocked here: the server inherits the block and keeps it. A SIGTERM
@@ -1329,7 +1331,7 @@ def toy_clip(motion, generator):
     x, y, turn, zoom, speed, brightness = torch.rand(6, generator=generator).tolist()
     texture = (texture / texture.std() * 0.2 + 0.4 + 0.2 * brightness).clamp(0, 1)
 
-    # How many frames each one is from the middle of the clip, times the speed, 0.75 to 1.25
+    # Each frame's distance from the middle of the clip, in frames, times the speed (0.75 to 1.25)
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
     # How far the motion has come in every frame
     window_right, window_down, turned, zoomed = (
@@ -1482,7 +1484,7 @@ def add_shrunk_stream(writer, frame, is_turned, stream, short_side, key_frames):
     scale = min(1, short_side / min(frame.width, frame.height))
     width = max(2, round(frame.width * scale / 2) * 2)          # H.264 wants even sizes
     height = max(2, round(frame.height * scale / 2) * 2)
-    # Without a pyramid no frame refers to a B-frame: decode_indexed skips those not wanted
+    # Without a B-pyramid no frame refers to a B-frame, so decode_indexed can skip unwanted ones
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode",
                "x264-params": "b-pyramid=none"}
     rate = stream.average_rate if stream else None

@@ -7,8 +7,8 @@ Fine-tune or probe a pretrained encoder, and test it on several views of each vi
     python train_finetune.py k400 finetune.test_only=true data.val=FOLDER   classify its videos
     torchrun --nproc_per_node=8 train_finetune.py ssv2 data.root=/data/ssv2     eight GPUs
 
-Writes last.pt, best.pt (the best on validation), log.jsonl, results.json and
-predictions.csv to run.output; a test alone writes the last two.
+Writes last.pt, best.pt (the best on validation), config.yaml, log.jsonl, results.json
+and predictions.csv to run.output; a test alone writes the last two.
 """
 
 import csv
@@ -40,7 +40,7 @@ ENCODER_KEYS = ("cube", "width", "depth", "heads", "mlp_ratio", "positions")
 CLIP_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
 # What finetune.test_only takes from the checkpoint unless the command line says otherwise
 TEST_SETTINGS = ("finetune.sampling", "data.stride", "model.frames", "model.size")
-# [frames, size] of VideoMAE's pretraining, assumed for its files, of which not all tell it
+# [frames, size] of VideoMAE's pretraining, assumed for all its files: some do not record it
 VIDEOMAE_CLIP = [16, 224]
 # Prefixes of the names of a classifier's own weights, which are left behind when the encoder alone
 # is loaded
@@ -89,8 +89,9 @@ class Classifier(Encoder):
 class Probe(nn.Module):
     """A small head on the last layer of a frozen encoder.
 
-    Linear: norm and linear layer on the mean token. Attentive, as V-JEPA evaluates: a
-    learned query attends to all tokens, with an MLP, before the linear layer.
+    Linear: a norm and a linear layer on the mean token. Attentive, as V-JEPA evaluates: a
+    norm, then a learned query that attends to all tokens, an MLP and a linear layer. The
+    encoder's own final norm stays.
     """
 
     def __init__(self, classes, attentive, **encoder):
@@ -168,15 +169,15 @@ def load_weights(model, path, classes):
     """
     content = load_checkpoint(path)
     weights = weights_in(path, content)
-    # Our last.pt has a step; our best.pt and VideoMAE's files have an epoch
+    # Our last.pt has a step; our other checkpoints and VideoMAE's have an epoch
     origin = path
     for key in ("step", "epoch"):
         if key in content:
             origin = f"{path} after {key} {content[key]}"
 
-    # A classifier or probe of the same classes: take everything. A file that names no classes,
-    # such as VideoMAE's, is judged by its shapes alone. Classes without names are called "0", "1"
-    # and so on, so two lists of them are the same if they are equally long.
+    # A classifier or probe of the same classes: take everything. A file that names no classes, such
+    # as VideoMAE's, is judged by the names and shapes of its tensors. Classes without names are
+    # called "0", "1" and so on, so they count as the same if there are equally many.
     own = model.state_dict()
     if (content.get("classes", classes) == classes and weights.keys() == own.keys()
             and all(weights[name].shape == own[name].shape for name in own)):
@@ -504,8 +505,8 @@ def adopt_settings(config, given):
     saved = content.get("config", {})
     saved_model = saved.get("model", {})
 
-    # A run that resumes takes pretrained_clip alone, which the model is built with. Whether the
-    # settings fit the run is checked in fit.
+    # A run that resumes takes only pretrained_clip, on which the model's positions depend. Whether
+    # the settings fit the run is checked in fit.
     if resumes(config):
         if not any(settings["pretrained_clip"]):
             settings["pretrained_clip"] = saved_model.get("pretrained_clip", [0, 0])
@@ -517,7 +518,7 @@ def adopt_settings(config, given):
         if "head.weight" not in weights:
             raise UserError(f"finetune.test_only: {path} holds no classifier; set finetune.init")
         lines += take_test_settings(path, saved, config, given)
-    # Only a test needs the class names
+    # Only a test uses the class names. A run that trains takes those of data.train.
     return content.get("classes"), lines
 
 
@@ -682,7 +683,7 @@ def finetune(config, given=frozenset()):
         trained = train_classifier(config, machine, model, lists)
         origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before'}"
 
-    # The test on several views takes the last weights, not best.pt, as VideoMAE's does. With
+    # The test on several views takes the last weights, as VideoMAE's does, and not best.pt. With
     # test_only it takes those in finetune.init.
     clips = settings["test_clips"]
     crops = settings["test_crops"]

@@ -78,7 +78,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def read_settings(path):
-    """The sections of a YAML file, {section: {key: value}}. UserError for what is none."""
+    """The sections of a YAML file, {section: {key: value}}. UserError if its form is another."""
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
@@ -137,7 +137,10 @@ def set_value(config, section, key, value):
 
 
 def check_ranges(config):
-    """UserError for a choice that does not exist, or a number out of range."""
+    """UserError for a choice that does not exist, or a number out of range.
+
+    ARVideo itself checks the choices and shares of section `model`; see build_arvideo.
+    """
     for section, values in config.items():
         for key, value in values.items():
             name = f"{section}.{key}"
@@ -158,9 +161,9 @@ def check_ranges(config):
 
 
 def fill_in_names(config, presets, stage, init_is_given):
-    """The defaults of run.output and finetune.init, named after the presets [(name, sections)].
+    """Set run.output and finetune.init where they are empty, by the names of the presets.
 
-    finetune.init is the first of these that applies:
+    `presets` is [(name, sections), ...]. finetune.init is the first of these that applies:
     1. what the command line says
     2. with test_only, this run's last.pt
     3. what a preset says
@@ -191,7 +194,7 @@ def load_config(arguments, stage):
     """The settings of a command line: config.yaml, then presets, then section.key=value.
 
     A preset is named in config.yaml, or is a file of the same form, X.yaml.
-    UserError names what is unknown, of the wrong kind or out of range.
+    UserError names what is unknown, of the wrong kind or, by check_ranges, out of range.
     """
     config = read_settings(CONFIG)
     known_presets = config.pop("presets")
@@ -280,8 +283,9 @@ def join_processes(device):
     # As init_process_group would do by itself, but the store is needed below
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the processes before. So that
-    # nobody connects to these, each attempt gets a prefix of its own. Not so on several machines,
-    # which may count their restarts differently: then they would not find each other.
+    # nobody connects to these, each attempt on one machine gets a prefix of its own. Several
+    # machines may count their restarts differently, and would not find each other by different
+    # prefixes. What to set there is in the README's troubleshooting.
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines == 1:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -475,7 +479,7 @@ def clip_gradients(machine, model, optimizer, limit):
 
 
 def make_optimizer(model, settings, device, scale=lambda name: 1.0):
-    """AdamW, without weight decay on one-dimensional parameters: biases and norms.
+    """AdamW, without weight decay on one-dimensional parameters: biases, norms, the query.
 
     Positions are not decayed either: a fork may learn them. scale(name) multiplies the
     learning rate of a parameter. Every group keeps this factor under the key "scale".
@@ -605,8 +609,8 @@ class Log:
 
 # --- Training ---------------------------------------------------------------
 
-# Keys that may differ when a run resumes: of section data, of section model, and of the section
-# that is trained, pretrain or finetune. Of section run, only the seed must be the same.
+# Settings that may differ when a run resumes. They belong to the sections data, model, and pretrain
+# or finetune, whichever is trained. Of section run, all may differ except the seed.
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
@@ -775,8 +779,8 @@ class Training:
 def note_signals():
     """A list that is empty until SIGTERM or SIGINT comes, so that a run can save first.
 
-    After the first signal, another Ctrl-C (SIGINT) kills at once. Another SIGTERM does not: a
-    scheduler may send one to torchrun and to this process, and torchrun passes its own on.
+    After the first signal of either kind, a Ctrl-C (SIGINT) kills at once. A further SIGTERM does
+    not: a scheduler may send one to this process and one to torchrun, which forwards it here.
     """
     received = []
 
@@ -793,7 +797,7 @@ def note_signals():
 
 
 def wrap_model(model, machine):
-    """The model, or with several processes one whose backward averages gradients over them."""
+    """The model; with several processes, wrapped so that backward averages their gradients."""
     if machine.world_size == 1:
         return model
     with warnings.catch_warnings():
@@ -828,8 +832,8 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
         asked = time.perf_counter()
         batch = next(batches)
-        # A wait counts if the GPU has nothing left to do at its end: then query() is true. Without
-        # a GPU every wait counts.
+        # A wait counts only if the GPU had run out of work when the wait ended: query() is true.
+        # Without CUDA every wait counts.
         is_busy = machine.device.type == "cuda" and not torch.cuda.current_stream().query()
         if not is_busy:
             waited += time.perf_counter() - asked
@@ -858,11 +862,11 @@ def call_if_defined(model, method, *arguments):
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
     """Train `model` on `videos` as section `stage` says. Resume if run.output has a checkpoint.
 
-    loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is the model as
-    wrap_model gives it, `batch` a data.Batch, `rows` [b] are its rows in the global batch.
+    loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is what wrap_model
+    gives, `batch` a data.Batch, `rows` [b] are its rows in the global batch.
     end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
-    It returns None or scores, which are logged except for epoch 0. `log` is None but in the first
-    process. A run resumes only if `must_match` is the same. Returns False if it was finished.
+    It returns None or scores, which are logged except for epoch 0. `log` is the first process's
+    Log, else None. A run resumes only if `must_match` is the same. Returns whether it trained.
     """
     training = Training(config, stage, machine, model, optimizer, len(videos), must_match)
     training.resume()
@@ -941,7 +945,7 @@ def draw_predictions(model, video, *drawn):
 
 
 def build_arvideo(config):
-    """The model of section `model`. UserError where sizes do not fit."""
+    """The model of section `model`. UserError if sizes do not fit or a value is out of range."""
     try:
         return ARVideo(**config["model"])
     except ValueError as error:
