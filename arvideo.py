@@ -552,9 +552,9 @@ class ARVideo(nn.Module):
         """What is random in a step, for `batch` videos.
 
         order [B, M]: which cluster is at each place.
-        visible [B, M, V]: the visible tokens of each cluster, in raster order of clusters.
-        If predict_ratio leaves out tokens, also predicted [B, M, R]: the R tokens of each
-        cluster that are predicted.
+        visible [B, M, V]: row c holds the visible tokens of cluster c, whatever its place.
+        If predict_ratio leaves out tokens, also predicted [B, M, R]: row c holds the tokens of
+        cluster c that are predicted.
         """
         device = self.clusters.device
         order = prediction_orders(
@@ -602,14 +602,18 @@ class ARVideo(nn.Module):
         return mean, deviation + 1e-6               # a flat cube must not divide by zero
 
     def target_shape(self):
-        """The shape of a token's target: (3, P). An override may use self.cube and self.grid."""
+        """The shape of a token's target: (3, P).
+
+        The constructor calls this. So an override may use self.encoder, self.cube and
+        self.grid, but nothing that a subclass sets after super().__init__().
+        """
         return 3, math.prod(self.cube)
 
     def target(self, video, cubes):
         """The values to predict [B, N, 3, P], before normalisation. Here they are the cubes.
 
         A subclass overrides this method for another target, which it may take from `video`.
-        For another shape than (3, P), override target_shape too, and reconstruct for pictures.
+        For another shape than (3, P), override target_shape() too, and for pictures reconstruct().
         """
         return cubes
 

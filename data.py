@@ -204,7 +204,8 @@ def read_something_classes(source):
 def read_list(source, text, folders):
     """Lines `path label`, `path,label` or `path` -> [(path, label or None), ...].
 
-    All lines must be of one form. A path may hold spaces.
+    All lines must be of one form. A path may hold spaces, but without labels it must not end
+    in a space and a number.
     """
     named = []
     first_form = None
@@ -326,7 +327,7 @@ def read_annotations(source, root="", classes=None):
     Videos are looked for below `root`, or beside the annotations if `root` is empty. The
     paths of a list may always be relative to the list's folder. `classes`, the names known
     from the training set or from a checkpoint, fixes the class numbers.
-    UserError names the file, what is wrong, and the line of a CSV or list that is no entry.
+    UserError names the file and what is wrong; in a CSV or a list, also a line that is no entry.
     """
     # Find the annotations, as given or below root, and the folder of the videos
     candidates = [Path(source).expanduser(), Path(root, source).expanduser()]
@@ -645,7 +646,7 @@ def decode_clips(container, stream, choose, convert):
 
     # Else decode from the start. First assume one frame for each packet. If a wanted frame did not
     # come, the decoder has run to the end, and `count` is now the true number of frames: choose
-    # again with it. If none came, give up.
+    # again with it. If it is 0, no frame decodes: give up.
     count = len(packets)
     while count:
         # The attempt before may have left the decoder anywhere
@@ -664,7 +665,7 @@ def orientation(frame):
 
     Swap rows with columns; reverse the order of rows; reverse the order of columns. They
     follow from the display matrix of its file, which takes a point (x, y) to
-    (a x + c y, b x + d y). A turn by another angle is taken for the nearest quarter turn.
+    (a x + c y, b x + d y). A turn that is no multiple of 90 degrees is rounded to one.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -856,7 +857,7 @@ POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "b
 
 # The operations below follow Pillow's, which timm and VideoMAE use (there warps are bicubic, here
 # bilinear). Pixels may differ by one grey level where Pillow rounds an intermediate result, and by
-# more where a warp meets the border of a frame. The operations take one plane (a channel of a
+# more where a warp meets the border of a frame. The slow operations take one plane (a channel of a
 # frame, [H, W]) or one frame at a time: its floats and indices stay in the processor's cache.
 # A box is (top, left, height, width).
 
@@ -891,8 +892,8 @@ def equalize_tables(clip):
     for plane in clip.flatten(0, 1):
         histogram = torch.bincount(plane.flatten(), minlength=256)
         darker = histogram.cumsum(0) - histogram                # pixels below each value
-        # As Pillow, `step` is the number of pixels that each value of the result gets. Those of the
-        # brightest value are not counted. Adding step // 2 rounds.
+        # As Pillow: the result grows by one with every `step` darker pixels. For `step`, the pixels
+        # of the plane's brightest value are not counted. Adding step // 2 rounds.
         brightest = histogram[plane.max().int()]
         step = (plane.numel() - brightest) // 255
         tables.append((step // 2 + darker) // step if step > 0 else torch.arange(256))
@@ -1055,8 +1056,8 @@ def draw_operations(count, magnitude):
 def rand_augment(clip, operations, box):
     """The box of a uint8 clip [T, 3, H, W] after these operations, the same for all frames.
 
-    Recursive, the last operation first. A pointwise operation needs only the box of what
-    the operations before it return. Any other needs the whole frame of that.
+    Recursive: the last operation asks the earlier ones for the pixels that it needs. If it
+    is pointwise, these are the pixels of the box, else the whole frame.
     """
     if not operations:
         return tv.crop(clip, *box)
@@ -1157,7 +1158,7 @@ class Videos(Dataset):
         """[R, 3, T, size, size]"""
         clips = []
         for clip in read_clips(path, self.choose):              # [T, H, W, 3]
-            # A permuted view: torchvision crops it three times faster than a copy
+            # Not made contiguous: torchvision crops and resizes this view three times faster
             clip = self.augment(clip.permute(0, 3, 1, 2))       # [T, 3, size, size]
             clips.append(clip.transpose(0, 1))
         return torch.stack(clips)

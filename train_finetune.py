@@ -38,7 +38,8 @@ ENCODER_KEYS = ("cube", "width", "depth", "heads", "mlp_ratio", "positions")
 # The encoder's other arguments. set_pretrained_clip compares pretrained_clip with the checkpoint;
 # the rest may differ.
 CLIP_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
-# What finetune.test_only takes from the checkpoint unless the command line says otherwise
+# What finetune.test_only takes from the checkpoint, in place of a preset's values. What a
+# section.key=value of the command line sets stays.
 TEST_SETTINGS = ("finetune.sampling", "data.stride", "model.frames", "model.size")
 # [frames, size] of VideoMAE's pretraining, assumed for all its files: some do not record it
 VIDEOMAE_CLIP = [16, 224]
@@ -176,8 +177,9 @@ def load_weights(model, path, classes):
             origin = f"{path} after {key} {content[key]}"
 
     # A classifier or probe of the same classes: take everything. A file that names no classes, such
-    # as VideoMAE's, is judged by the names and shapes of its tensors. Classes without names are
-    # called "0", "1" and so on, so they count as the same if there are equally many.
+    # as VideoMAE's, is judged by the names and shapes of its tensors. If a training list gave no
+    # class names, they are "0", "1" and so on: two such lists count as the same classes if they
+    # have equally many.
     own = model.state_dict()
     if (content.get("classes", classes) == classes and weights.keys() == own.keys()
             and all(weights[name].shape == own[name].shape for name in own)):
@@ -257,7 +259,8 @@ def evaluate(model, entries, config, machine, clips, crops):
     view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
     batch_size = max(1, view_limit // (clips * crops))
     groups = torch.arange(len(entries)).split(batch_size)[machine.rank::machine.world_size]
-    # load_batches divides this order into the same groups again: only the last may be short
+    # load_batches cuts this order into pieces of batch_size. These are the groups again, since all
+    # groups but the last have that size.
     order = [i for group in groups for i in group.tolist()]
     batches = data.load_batches(
         videos, batch_size, order, machine.workers,
@@ -493,7 +496,7 @@ def take_test_settings(path, saved_config, config, given):
 def adopt_settings(config, given):
     """Copy into the settings what the starting checkpoint determines, before building the model.
 
-    `given` holds the names of the command line's settings, which a test does not overwrite.
+    `given` names the settings that a section.key=value sets. A test does not overwrite these.
     Returns (class names or None, lines to print).
     """
     path = starting_checkpoint(config)
@@ -543,8 +546,8 @@ def mix_videos(clips, labels, mixes, repeats):
     """Mix a micro-batch by MixUp or CutMix, one of `mixes` at random: (clips, targets).
 
     clips [B R, 3, T, H, W] and labels [B R]; the R = `repeats` clips of a video are adjacent.
-    Every clip is mixed with one of another video. The result is in another order, and its
-    targets are [B R, classes].
+    Every clip is mixed with one of another video, so B must be at least 2. The result is in
+    another order, and its targets are [B R, classes].
     """
     # The transforms mix each clip with the one before it, and the first with the last. So the
     # first clips of all videos come first, then the second ones, and so on: neighbours are

@@ -54,8 +54,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Settings that may be "auto", which means what suits the machine. Any other value must be of the
-# same type as the one here. Settings that are texts and may be "auto" are in CHOICES.
+# Settings that may be "auto", which means what suits the machine. The value here is no default but
+# an example: any other value must be of its type. Texts that may be "auto" are in CHOICES.
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -70,6 +70,8 @@ class StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         names = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue                        # refused by what is called below
             if key.value in names:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice",
                                            problem_mark=key.start_mark)
@@ -88,6 +90,8 @@ def read_settings(path):
         raise UserError(f"{path}, line {line}: {error.problem}") from None
     except (UnicodeDecodeError, yaml.reader.ReaderError):
         raise UserError(f"{path}: this is not a text file in UTF-8") from None
+    except ValueError as error:                         # a date such as 2024-13-45
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(settings, dict) or not all(isinstance(x, dict) for x in settings.values()):
         raise UserError(f"{path}: expected sections of settings, as in {CONFIG.name}")
     return settings
@@ -161,7 +165,7 @@ def check_ranges(config):
 
 
 def fill_in_names(config, presets, stage, init_is_given):
-    """Set run.output and finetune.init where they are empty, by the names of the presets.
+    """Choose finetune.init, and run.output where it is empty, by the names of the presets.
 
     `presets` is [(name, sections), ...]. finetune.init is the first of these that applies:
     1. what the command line says
@@ -174,8 +178,8 @@ def fill_in_names(config, presets, stage, init_is_given):
     names = [name for name, _ in presets]
     run["output"] = run["output"] or f"runs/{'-'.join(names)}/{stage}"
 
-    # Presets with a section finetune alone have no part in the name of the pretraining: `toy
-    # linear` begins from runs/toy/pretrain. If all are such presets, all have a part.
+    # Presets that set nothing but `finetune` are left out of the pretraining's name: `toy linear`
+    # begins from runs/toy/pretrain. If all presets are such, none is left out.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
@@ -222,7 +226,8 @@ def load_config(arguments, stage):
         # may also be a number or a truth value.
         is_text = isinstance(config.get(section, {}).get(key), str) and name not in AUTO
         if not is_text:
-            with contextlib.suppress(yaml.YAMLError):   # what is no YAML is refused below
+            # What is no YAML stays a text, and is refused below
+            with contextlib.suppress(yaml.YAMLError, ValueError):
                 value = yaml.safe_load(value)
         set_value(config, section, key, value)
 
@@ -282,10 +287,10 @@ def join_processes(device):
     """Join the other processes that torchrun has started."""
     # As init_process_group would do by itself, but the store is needed below
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # After a restart, torchrun's store still holds the addresses of the processes before. So that
-    # nobody connects to these, each attempt on one machine gets a prefix of its own. Several
-    # machines may count their restarts differently, and would not find each other by different
-    # prefixes. What to set there is in the README's troubleshooting.
+    # torchrun's store outlives a restart and still holds the addresses of the old processes. On
+    # a single machine, each restart uses a prefix of its own and so never reads them. Several
+    # machines may count their restarts differently, and would then look under different prefixes,
+    # so they use none. What to set there is in the README's troubleshooting.
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines == 1:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -1015,7 +1020,7 @@ def pretrain(config):
         if keep_epochs and epoch > 0 and epoch % keep_epochs == 0:
             content = dict(model=model.state_dict(), config=config, epoch=epoch)
             save_checkpoint(output / f"epoch_{epoch:04d}.pt", content)
-        # Epoch 0 has a picture too: a fork whose reconstruct fails then fails before training
+        # Epoch 0 has a picture too, so that an error in a fork's reconstruct shows before training
         if picture_epochs and (is_last or epoch % picture_epochs == 0):
             picture_predictions(epoch, log)
 

@@ -400,6 +400,8 @@ def bad(tmp_path_factory, toy, finished):
         "list.yaml": "- model\n- run\n",
         "number.yaml": "model: 3\n",
         "empty.yaml": "",
+        "mapping.yaml": "{{data}}: {root: x}\n",
+        "date.yaml": "run: {output: 2024-13-45}\n",
         "twice.yaml": "model: {width: 32}\nrun: {seed: 1}\nmodel: {depth: 2}\n",
     }
     for name, text in texts.items():
@@ -425,6 +427,9 @@ PRETRAIN = [
     ("{bad}/number.yaml", "number.yaml: expected sections of settings"),
     ("{bad}/empty.yaml", "empty.yaml: expected sections of settings"),
     ("{bad}/binary.yaml", "binary.yaml: this is not a text file"),
+    ("{bad}/mapping.yaml", "mapping.yaml, line 1: found unhashable key"),
+    ("{bad}/date.yaml", "date.yaml: month must be in 1..12"),
+    ("run.seed=2024-13-45", "run.seed must be of kind int, like 0; found '2024-13-45'"),
     ("{bad}/twice.yaml", "the key 'model' stands twice"),
     ("modle.width=3", "section 'modle' is unknown; did you mean 'model'"),
     ("model.widht=3", "key of section model 'widht' is unknown; did you mean 'width'"),
