@@ -38,8 +38,8 @@ ENCODER_KEYS = ("cube", "width", "depth", "heads", "mlp_ratio", "positions")
 # The encoder's other arguments. set_pretrained_clip compares pretrained_clip with the checkpoint;
 # the rest may differ.
 CLIP_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
-# What finetune.test_only takes from the checkpoint, in place of a preset's values. What a
-# section.key=value of the command line sets stays.
+# What finetune.test_only takes from the checkpoint, in place of a preset's values. A
+# section.key=value of the command line has the last word.
 TEST_SETTINGS = ("finetune.sampling", "data.stride", "model.frames", "model.size")
 # [frames, size] of VideoMAE's pretraining, assumed for all its files: some do not record it
 VIDEOMAE_CLIP = [16, 224]
@@ -187,7 +187,8 @@ def load_weights(model, path, classes):
         return f"all weights, the classifier's too, from {origin}", True
 
     # Anything else: take the encoder, without a classifier's parts, and without the final norm if
-    # this model has none. Checkpoints of pretraining and of probes name its tensors `encoder.*`.
+    # this model has none. In checkpoints of pretraining and of probes, the names of the encoder's
+    # tensors begin with `encoder.`.
     encoder = model.encoder if isinstance(model, Probe) else model
     prefix = "encoder." if any(name.startswith("encoder.") for name in weights) else ""
     unwanted = CLASSIFIER_PARTS
@@ -508,8 +509,8 @@ def adopt_settings(config, given):
     saved = content.get("config", {})
     saved_model = saved.get("model", {})
 
-    # A run that resumes takes only pretrained_clip, on which the model's positions depend. Whether
-    # the settings fit the run is checked in fit.
+    # A run that resumes takes only pretrained_clip, on which the model's positions depend. Later,
+    # fit() refuses settings that belong to another run.
     if resumes(config):
         if not any(settings["pretrained_clip"]):
             settings["pretrained_clip"] = saved_model.get("pretrained_clip", [0, 0])

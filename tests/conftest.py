@@ -82,13 +82,14 @@ def run_main(script, arguments, folder, prefix, start_method):
         atexit._run_exitfuncs()     # multiprocessing leaves them out
 
 
+# One restart, for a test that kills a rank
 ONE_MACHINE = ["--standalone", "--max-restarts=1"]
 
 
 class Script:
     """A script of ours, started as a process of its own or, with `processes`, by torchrun.
 
-    `machines` are torchrun's arguments on the machines that take part.
+    `machines` are torchrun's arguments that say which machines take part.
     """
 
     count = 0

@@ -307,7 +307,8 @@ def test_targets_that_are_no_pixels_are_not_drawn():
 
 
 def test_self_attention_refuses_queries_that_are_no_whole_clusters():
-    """Grouped by their number alone, those of several videos would be mixed."""
+    """Of 4 videos, 27 queries each would still make groups of 4, across the videos."""
+    # As many videos as a cluster has queries, so that all together always are whole groups
     model = small_model(decoder_self_attention=True)
     order, visible = model.draw(CLUSTER_SIZE)
     seen, queried = model.line_up(order, visible)
@@ -381,7 +382,7 @@ def test_loss_is_the_mean_squared_error_of_normalised_cubes():
 
 def test_reconstruction_puts_predictions_and_visible_cubes_where_they_belong():
     model = small_model()
-    video = small_video(1)
+    video = small_video(1) + 5          # far from the zeros of what is not drawn
     order, visible = model.draw(1)
     first = order[0, 0]
     last = order[0, -1]
@@ -395,7 +396,8 @@ def test_reconstruction_puts_predictions_and_visible_cubes_where_they_belong():
     assert torch.equal(shown[tokens], cubes[tokens])
     assert (predicted[model.clusters[first]] == 0).all()
 
-    # The last cluster never enters the encoder. Its predictions have the true cubes' means.
+    # The last cluster never enters the encoder. Its predictions have the true cubes' means, but for
+    # the means of what an untrained model predicts, which are small.
     tokens = model.clusters[last]
     assert (shown[tokens] == 0).all()
     torch.testing.assert_close(
@@ -470,6 +472,7 @@ def test_transfer_uses_a_subclass_of_the_encoder(fork):
             super().__init__(**model)
             self.encoder = fork(**arguments)
 
+    # Classifier's super() is then the fork
     class ForkedClassifier(Classifier, fork):
         pass
 
@@ -521,14 +524,14 @@ def test_positions_of_the_same_clips_are_the_same_and_others_are_interpolated():
 
     taken = arvideo.interpolate_positions(middles((4, 8, 8)), (4, 8, 8), (6, 12, 10))
     expected = middles((6, 12, 10))
-    # Nothing lies beyond the first and the last token, so the ends have theirs
+    # Outside the middles of the old grid's first and last tokens, their values are repeated
     ends = torch.tensor([1 / 4, 1 / 8, 1 / 8]) / 2
     expected = expected.clamp(ends, 1 - ends)
     torch.testing.assert_close(taken, expected)
 
 
 def test_both_ways_to_other_clips_give_the_same_features():
-    """By the arguments of the encoder, and afterwards. 5 x 5 tokens are not whole clusters."""
+    """By pretrained_clip, or by resize() afterwards. Clusters need not fill the 5 x 5 tokens."""
     checkpoint = checkpoint_of(small_model())
     resized = arvideo.pretrained_encoder(checkpoint, frames=6, size=20)
     other = {**SMALL_ENCODER, "frames": 6, "size": 20}
@@ -585,6 +588,7 @@ def test_a_readout_of_one_resolution_serves_others_if_positions_are_interpolated
     # Ridge regression from 8 x 32 x 32
     encoder = arvideo.pretrained_encoder(checkpoint)
     videos, corners = blobs(200, 8, 32, seed=1)
+    # First raw, to learn the mean and deviation by which features() then standardises
     centre, scale = 0, 1
     raw = features(encoder, videos)[:, :-1]
     centre, scale = raw.mean(0), raw.std(0)
