@@ -205,7 +205,7 @@ def read_list(source, text, folders):
     """Lines `path label`, `path,label` or `path` -> [(path, label or None), ...].
 
     All lines must be of one form. A path may hold spaces, but without labels it must not end
-    in a space and a number.
+    in a number after a space, a comma or a semicolon.
     """
     named = []
     first_form = None
@@ -327,7 +327,7 @@ def read_annotations(source, root="", classes=None):
     Videos are looked for below `root`, or beside the annotations if `root` is empty. The
     paths of a list may always be relative to the list's folder. `classes`, the names known
     from the training set or from a checkpoint, fixes the class numbers.
-    UserError names the file and what is wrong; in a CSV or a list, also a line that is no entry.
+    UserError names the file and what is wrong, and the line if one of a CSV or list is malformed.
     """
     # Find the annotations, as given or below root, and the folder of the videos
     candidates = [Path(source).expanduser(), Path(root, source).expanduser()]
@@ -515,7 +515,8 @@ def timestamps_identify_frames(container, stream, packets):
     # Interlaced H.264 may have a packet for each of the two fields of a frame
     if decoder.name == "h264" and decoder.field_order != PROGRESSIVE:
         return False
-    # A stream that begins inside a group of pictures lacks what its first frames refer to
+    # The first frames, in the file and on screen, must not refer to frames that are missing: the
+    # first packet must be a key frame, and no later packet may be shown before it
     if not packets[0].is_keyframe or packets[0].pts > min(times):
         return False
     # With intra refresh, H.264 has no whole key frames. The picture is renewed part by part over
@@ -524,8 +525,8 @@ def timestamps_identify_frames(container, stream, packets):
     # picture is a sure start.
     if decoder.name == "h264" and not holds_idr(packets[0], "mpegts" in formats):
         return False
-    # With B-frames, frames are shown in another order than they are decoded in. So if all times
-    # of display (pts) equal those of decoding (dts), they are copies and not times of display.
+    # With B-frames, frames are shown in another order than they are decoded in. So if the times of
+    # display (pts) all equal those of decoding (dts), the file has only copied dts to pts.
     if decoder.has_b_frames and times == [packet.dts for packet in packets]:
         return False
     return True
@@ -673,9 +674,10 @@ def orientation(frame):
     a, b, _, c, d, *_ = struct.unpack("9i", bytes(matrix)[:36])
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, False, False
-    if abs(a * d) > abs(b * c):
+    if abs(a * d) > abs(b * c):         # nearer to 0 or 180 degrees than to 90 or 270
         return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
-    return True, b < 0, c < 0                           # (x, y) becomes (c y, b x)
+    # (x, y) becomes (c y, b x). After the swap, x counts rows and y counts columns.
+    return True, b < 0, c < 0
 
 
 def assemble(clips, frames):
@@ -855,11 +857,11 @@ RAND_AUGMENT = (
 # Of these, those whose result at a pixel depends on that pixel alone
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
-# The operations below follow Pillow's, which timm and VideoMAE use (there warps are bicubic, here
-# bilinear). Pixels may differ by one grey level where Pillow rounds an intermediate result, and by
-# more where a warp meets the border of a frame. The slow operations take one plane (a channel of a
-# frame, [H, W]) or one frame at a time: its floats and indices stay in the processor's cache.
-# A box is (top, left, height, width).
+# The operations below follow Pillow's, which timm and VideoMAE use, but warps are always bilinear
+# (VideoMAE's are bicubic). Pixels may differ from Pillow's, with bilinear warps, by one grey level
+# where Pillow rounds an intermediate result, and by more where a warp meets the border of a frame.
+# The slow operations take one plane (a channel of a frame, [H, W]) or one frame at a time: its
+# floats and indices stay in the processor's cache. A box is (top, left, height, width).
 
 
 def look_up(clip, tables):
@@ -955,7 +957,7 @@ def warp(clip, matrix, box):
     down = (from_y - 0.5 - row).flatten()
 
     def places(row, column):
-        """Indices into a flattened plane, and H * W for a grey pixel that stands after it."""
+        """Indices into a flattened plane with one grey pixel appended, which has the index H W."""
         place = row.clamp(0, H - 1) * W + column.clamp(0, W - 1)
         return place.masked_fill(outside, H * W).flatten()
 
@@ -1082,7 +1084,8 @@ def random_erasing(clip, probability):
     # torchvision's own noise would be the same in all frames. VideoMAE's is standard noise after
     # normalising, so here it gets ImageNet's mean and deviation.
     noise = torch.randn(len(clip), 3, box["h"], box["w"])
-    noise = noise * IMAGENET_STD[:, 0] + IMAGENET_MEAN[:, 0]            # of shape [3, 1, 1]
+    # The two statistics are [3, 1, 1] here
+    noise = noise * IMAGENET_STD[:, 0] + IMAGENET_MEAN[:, 0]
     box["v"] = (noise.clamp(0, 1) * 255).byte()
     return tv.erase(clip, **box)
 
@@ -1255,10 +1258,10 @@ def start_loading(loader):
     others = multiprocessing.active_children()
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
-        # The server imports what workers need once, and they begin as its copies
+        # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # The server needs Python's resource tracker. This is started before SIGTERM is blocked
-        # below: later, its start would unblock SIGTERM again.
+        # The server needs Python's resource tracker. Start it now, before SIGTERM is blocked below:
+        # if the server had to start it, that would unblock SIGTERM again.
         resource_tracker.ensure_running()
     # The DataLoader starts the fork server. A SIGTERM that is sent to all processes of a run would
     # kill it, so SIGTERM is blocked here: the server inherits the block and keeps it. A SIGTERM
@@ -1320,9 +1323,9 @@ TOY_ROOT = Path("data/toy")
 def toy_clip(motion, generator):
     """A window that moves steadily over a texture: uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3].
 
-    `motion` is the number of its class. Location, angle, zoom and brightness in the
-    middle of the clip are random for every class, and only the class's own motion
-    changes them. So the middle frames tell almost nothing of the class.
+    `motion` is the number of its class. Whatever its class, each clip draws location,
+    angle, zoom and brightness of its middle at random. From there only the class's own
+    motion changes them. So the middle frames tell almost nothing of the class.
     """
     # A texture of three octaves
     texture = 0

@@ -54,8 +54,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Settings that may be "auto", which means what suits the machine. The value here is no default but
-# an example: any other value must be of its type. Texts that may be "auto" are in CHOICES.
+# Settings that may be "auto", which means what suits the machine. Instead they may have any value
+# of the type of the example here, which is no default. Texts that may be "auto" are in CHOICES.
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -290,7 +290,7 @@ def join_processes(device):
     # torchrun's store outlives a restart and still holds the addresses of the old processes. On
     # a single machine, each restart uses a prefix of its own and so never reads them. Several
     # machines may count their restarts differently, and would then look under different prefixes,
-    # so they use none. What to set there is in the README's troubleshooting.
+    # so they use none: what to set on several machines is in the README's troubleshooting.
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines == 1:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -484,7 +484,7 @@ def clip_gradients(machine, model, optimizer, limit):
 
 
 def make_optimizer(model, settings, device, scale=lambda name: 1.0):
-    """AdamW, without weight decay on one-dimensional parameters: biases, norms, the query.
+    """AdamW, without weight decay on one-dimensional parameters: biases, norms, Decoder's query.
 
     Positions are not decayed either: a fork may learn them. scale(name) multiplies the
     learning rate of a parameter. Every group keeps this factor under the key "scale".
@@ -614,8 +614,8 @@ class Log:
 
 # --- Training ---------------------------------------------------------------
 
-# Settings that may differ when a run resumes. They belong to the sections data, model, and pretrain
-# or finetune, whichever is trained. Of section run, all may differ except the seed.
+# Keys that may differ when a run resumes, of sections data, model and the one that is trained,
+# pretrain or finetune. Of section run, all may differ except the seed.
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
@@ -670,7 +670,7 @@ class Training:
                               f"the {self.plan.steps} asked for: choose another run.output")
 
     def require_same(self, checkpoint):
-        """UserError if these settings would train another thing, or in another way."""
+        """UserError if must_match, the seed or a setting not in MAY_CHANGE is not as saved."""
         pairs = {name: (value, checkpoint.get(name)) for name, value in self.must_match.items()}
         saved = checkpoint["config"]
         pairs["run.seed"] = (self.config["run"]["seed"], saved["run"]["seed"])
@@ -706,7 +706,8 @@ class Training:
     def require_finite(self, loss, norm, lr):
         """Stop if the loss or the gradient is not finite; the last checkpoint stays good."""
         # In fp16 an infinite norm now and then is normal: the scaler skips the update and halves
-        # its scale. At a scale of 1 the gradient itself is too large.
+        # its scale. Once the scale is down to 1, that no longer helps: the gradient itself is too
+        # large for fp16.
         scaler = self.machine.scaler
         can_recover = scaler.is_enabled() and scaler.get_scale() > 1
         norm_is_fine = math.isfinite(norm) or can_recover
