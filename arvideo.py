@@ -139,9 +139,10 @@ def count_share(cluster_size, share):
 
     The paper's 19.6 of 98 become 20: rounded half up, and never less than one.
     """
-    # 1 - mask_ratio is inexact, so an exact half could come out a little smaller
-    exact = round(share * cluster_size, 6)
-    return max(1, math.floor(exact + 0.5))
+    # A share such as 1 - 0.9 is a little too small in floating point: of 5 tokens it gives
+    # 0.4999999999999999. round() makes that 0.5 again, which the next line then rounds up.
+    count = round(share * cluster_size, 6)
+    return max(1, math.floor(count + 0.5))
 
 
 def draw_tokens(clusters, count, batch, generator=None):
@@ -553,8 +554,8 @@ class ARVideo(nn.Module):
 
         order [B, M]: which cluster is at each place.
         visible [B, M, V]: row c holds the visible tokens of cluster c, whatever its place.
-        If predict_ratio leaves out tokens, also predicted [B, M, R]: row c holds the tokens of
-        cluster c that are predicted.
+        predicted [B, M, R]: row c holds the tokens of cluster c to predict. It is returned
+        only if predict_ratio leaves out tokens.
         """
         device = self.clusters.device
         order = prediction_orders(
@@ -664,8 +665,8 @@ def pretrained_encoder(checkpoint, model_class=ARVideo, frames=None, size=None):
     to all others. `model_class` is the class that was trained. `frames` and `size`
     are those of the clips, by default those of pretraining.
     Raises ValueError if the checkpoint is not from pretraining, or cubes do not fill the clips.
-    Raises RuntimeError, naming the tensors, if the weights do not fit the
-    configuration that was saved with them.
+    Raises RuntimeError, naming the tensors, if the weights do not fit the encoder, for
+    example because `model_class` is another class than the one trained.
     """
     if "config" not in checkpoint or "classes" in checkpoint:
         raise ValueError("pretrained_encoder needs a checkpoint of train_pretrain.py; for a "

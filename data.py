@@ -204,8 +204,8 @@ def read_something_classes(source):
 def read_list(source, text, folders):
     """Lines `path label`, `path,label` or `path` -> [(path, label or None), ...].
 
-    All lines must be of one form. A path may hold spaces, but without labels it must not end
-    in a number after a space, a comma or a semicolon.
+    All lines must be of one form. A path may hold spaces. In a list without labels, no path
+    may end in a blank, a comma or a semicolon and then a number, which would be its label.
     """
     named = []
     first_form = None
@@ -327,7 +327,8 @@ def read_annotations(source, root="", classes=None):
     Videos are looked for below `root`, or beside the annotations if `root` is empty. The
     paths of a list may always be relative to the list's folder. `classes`, the names known
     from the training set or from a checkpoint, fixes the class numbers.
-    UserError names the file and what is wrong, and the line if one of a CSV or list is malformed.
+    UserError names the file and what is wrong. If a line of a CSV or a list is malformed, it
+    also names that line.
     """
     # Find the annotations, as given or below root, and the folder of the videos
     candidates = [Path(source).expanduser(), Path(root, source).expanduser()]
@@ -515,8 +516,8 @@ def timestamps_identify_frames(container, stream, packets):
     # Interlaced H.264 may have a packet for each of the two fields of a frame
     if decoder.name == "h264" and decoder.field_order != PROGRESSIVE:
         return False
-    # The first frames, in the file and on screen, must not refer to frames that are missing: the
-    # first packet must be a key frame, and no later packet may be shown before it
+    # No frame may refer to one that is missing from the file. So the first packet must be a key
+    # frame, and no later packet may be shown before it: such a frame may refer to earlier ones.
     if not packets[0].is_keyframe or packets[0].pts > min(times):
         return False
     # With intra refresh, H.264 has no whole key frames. The picture is renewed part by part over
@@ -583,7 +584,7 @@ def decode_all(decoder, packets):
     """Every frame, in the order of display.
 
     If the file breaks off, the last packet may be incomplete. Then it may fail to decode,
-    or its frame is damaged and left out.
+    or its frame is damaged. Such a frame is left out, unless the stream has no timestamps.
     """
     last = packets[-1]
     for packet in [*packets, None]:                     # None drains the decoder
@@ -676,7 +677,8 @@ def orientation(frame):
         return False, False, False
     if abs(a * d) > abs(b * c):         # nearer to 0 or 180 degrees than to 90 or 270
         return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
-    # (x, y) becomes (c y, b x). After the swap, x counts rows and y counts columns.
+    # (x, y) becomes (c y, b x): the new column comes from the old row y, with the sign of c, and
+    # the new row from the old column x, with the sign of b
     return True, b < 0, c < 0
 
 
@@ -858,8 +860,8 @@ RAND_AUGMENT = (
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
 # The operations below follow Pillow's, which timm and VideoMAE use, but warps are always bilinear
-# (VideoMAE's are bicubic). Pixels may differ from Pillow's, with bilinear warps, by one grey level
-# where Pillow rounds an intermediate result, and by more where a warp meets the border of a frame.
+# (VideoMAE's are bicubic). Even from Pillow with bilinear warps, pixels may differ: by one grey
+# level where Pillow rounds an intermediate result, by more where a warp meets a frame's border.
 # The slow operations take one plane (a channel of a frame, [H, W]) or one frame at a time: its
 # floats and indices stay in the processor's cache. A box is (top, left, height, width).
 
@@ -1260,8 +1262,8 @@ def start_loading(loader):
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # The server needs Python's resource tracker. Start it now, before SIGTERM is blocked below:
-        # if the server had to start it, that would unblock SIGTERM again.
+        # Before the server, multiprocessing starts Python's resource tracker, which unblocks
+        # SIGTERM. So start the tracker now, before SIGTERM is blocked below.
         resource_tracker.ensure_running()
     # The DataLoader starts the fork server. A SIGTERM that is sent to all processes of a run would
     # kill it, so SIGTERM is blocked here: the server inherits the block and keeps it. A SIGTERM
@@ -1323,9 +1325,10 @@ TOY_ROOT = Path("data/toy")
 def toy_clip(motion, generator):
     """A window that moves steadily over a texture: uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3].
 
-    `motion` is the number of its class. Whatever its class, each clip draws location,
-    angle, zoom and brightness of its middle at random. From there only the class's own
-    motion changes them. So the middle frames tell almost nothing of the class.
+    `motion` is the number of its class. Whatever its class, each clip draws at random
+    where the window is halfway through the clip, its angle and zoom there, and the
+    brightness. Before and after, only the class's own motion changes what is seen. So the
+    middle frames tell almost nothing of the class.
     """
     # A texture of three octaves
     texture = 0
@@ -1435,7 +1438,8 @@ def collect_reasons(function, jobs, workers):
 def unreadable_reason(path):
     """None, or why the video is unreadable.
 
-    A file that breaks off is readable if what comes before the break decodes.
+    A file that breaks off is readable if what comes before the break decodes. But a stream
+    without timestamps is not, if a damaged frame comes at the break.
     """
     try:
         if os.path.isdir(path):

@@ -53,7 +53,7 @@ CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
 def encoder_arguments(settings):
     """Encoder's arguments, from section `model` of the settings."""
-    # Settings that an older checkpoint saved may lack a newer key: then Encoder's default holds
+    # The settings in an older checkpoint may lack a newer key: then Encoder's default holds
     return {key: settings[key] for key in ENCODER_KEYS + CLIP_KEYS if key in settings}
 
 
@@ -260,8 +260,8 @@ def evaluate(model, entries, config, machine, clips, crops):
     view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
     batch_size = max(1, view_limit // (clips * crops))
     groups = torch.arange(len(entries)).split(batch_size)[machine.rank::machine.world_size]
-    # load_batches cuts this order into pieces of batch_size. These are the groups again, since all
-    # groups but the last have that size.
+    # load_batches cuts `order` into pieces of batch_size, which gives the groups again: only the
+    # very last group can be smaller, and it is at the end of the order of the process that has it
     order = [i for group in groups for i in group.tolist()]
     batches = data.load_batches(
         videos, batch_size, order, machine.workers,
@@ -458,7 +458,7 @@ def require_same_encoder(path, saved, settings):
 
 
 def set_pretrained_clip(path, saved, settings):
-    """Set model.pretrained_clip, unless the settings do. Returns lines to print.
+    """Set model.pretrained_clip by the checkpoint, if it is [0, 0]. Returns lines to print.
 
     `saved` is the checkpoint's section `model`, empty if it is not ours.
     UserError if the settings and a checkpoint of ours say different things.
@@ -614,8 +614,8 @@ def train_classifier(config, machine, model, lists):
              for mix, key in ((MixUp, "mixup"), (CutMix, "cutmix")) if settings[key] > 0]
 
     def loss_of(forward, batch, step, rows):            # as fit calls it
-        # Mixing, drop path and dropout depend on the step and the rows alone, so that a
-        # resumed run repeats them
+        # Mixing, drop path and dropout get a seed by the step and the micro-batch, so that a
+        # resumed run repeats them. rows[0], its first row in the global batch, identifies it.
         torch.manual_seed(stream_seed(run["seed"], "mixing", step, int(rows[0])))
         clips = data.normalise(batch.clips, machine.device)
         labels = machine.send(batch.labels)

@@ -54,8 +54,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Settings that may be "auto", which means what suits the machine. Instead they may have any value
-# of the type of the example here, which is no default. Texts that may be "auto" are in CHOICES.
+# Settings that may be "auto", which means what suits the machine, or a value of the type shown
+# here. These values are examples, not defaults. Settings that are texts are in CHOICES.
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -290,7 +290,7 @@ def join_processes(device):
     # torchrun's store outlives a restart and still holds the addresses of the old processes. On
     # a single machine, each restart uses a prefix of its own and so never reads them. Several
     # machines may count their restarts differently, and would then look under different prefixes,
-    # so they use none: what to set on several machines is in the README's troubleshooting.
+    # so they use none. The README's troubleshooting says what to set instead.
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines == 1:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -486,8 +486,8 @@ def clip_gradients(machine, model, optimizer, limit):
 def make_optimizer(model, settings, device, scale=lambda name: 1.0):
     """AdamW, without weight decay on one-dimensional parameters: biases, norms, Decoder's query.
 
-    Positions are not decayed either: a fork may learn them. scale(name) multiplies the
-    learning rate of a parameter. Every group keeps this factor under the key "scale".
+    In a fork that learns positions, these are not decayed either. scale(name) multiplies
+    the learning rate of a parameter. Every group keeps this factor under the key "scale".
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -614,8 +614,8 @@ class Log:
 
 # --- Training ---------------------------------------------------------------
 
-# Keys that may differ when a run resumes, of sections data, model and the one that is trained,
-# pretrain or finetune. Of section run, all may differ except the seed.
+# What may differ when a run resumes: all of section run except the seed, and these keys of the
+# sections data, model and that of the stage, pretrain or finetune
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
@@ -807,7 +807,7 @@ def wrap_model(model, machine):
     if machine.world_size == 1:
         return model
     with warnings.catch_warnings():
-        # From torch 2.14 on, broadcast_buffers has another name, which 2.11 does not know
+        # From torch 2.14 on, broadcast_buffers has another name, unknown to 2.11, our oldest torch
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             model,
