@@ -139,8 +139,8 @@ def count_share(cluster_size, share):
 
     The paper's 19.6 of 98 become 20: rounded half up, and never less than one.
     """
-    # A share such as 1 - 0.9 is a little too small in floating point: of 5 tokens it gives
-    # 0.4999999999999999. round() makes that 0.5 again, which the next line then rounds up.
+    # A share such as 1 - 0.9 is a little too small in floating point: of 15 tokens it gives
+    # 1.4999999999999996. round() makes that 1.5 again, which the next line rounds up to 2.
     count = round(share * cluster_size, 6)
     return max(1, math.floor(count + 0.5))
 
@@ -341,7 +341,7 @@ class Encoder(nn.Module):
 
     `pretrained_clip` is (frames, size) of the clips that the weights were pretrained on.
     The table of positions is made for those clips and interpolated to this encoder's
-    `frames` and `size`. (0, 0) means that the pretraining had the same.
+    `frames` and `size`. (0, 0) stands for these themselves.
     `checkpointing` computes activations again in the backward pass, which saves
     memory. Raises ValueError if `positions` is unknown, cubes do not fill the video or
     heads do not divide the width.

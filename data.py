@@ -205,7 +205,7 @@ def read_list(source, text, folders):
     """Lines `path label`, `path,label` or `path` -> [(path, label or None), ...].
 
     All lines must be of one form. A path may hold spaces. In a list without labels, no path
-    may end in a blank, a comma or a semicolon and then a number, which would be its label.
+    may end in a number that follows a blank, a comma or a semicolon: it is read as a label.
     """
     named = []
     first_form = None
@@ -517,7 +517,8 @@ def timestamps_identify_frames(container, stream, packets):
     if decoder.name == "h264" and decoder.field_order != PROGRESSIVE:
         return False
     # No frame may refer to one that is missing from the file. So the first packet must be a key
-    # frame, and no later packet may be shown before it: such a frame may refer to earlier ones.
+    # frame, and no later packet may be shown before it: such a frame may refer to frames from
+    # before the key frame, which the file lacks.
     if not packets[0].is_keyframe or packets[0].pts > min(times):
         return False
     # With intra refresh, H.264 has no whole key frames. The picture is renewed part by part over
@@ -663,11 +664,11 @@ def decode_clips(container, stream, choose, convert):
 
 
 def orientation(frame):
-    """Three booleans, the steps that turn a frame upright, in this order.
+    """(swap rows with columns, reverse the rows, reverse the columns) to turn a frame upright.
 
-    Swap rows with columns; reverse the order of rows; reverse the order of columns. They
-    follow from the display matrix of its file, which takes a point (x, y) to
-    (a x + c y, b x + d y). A turn that is no multiple of 90 degrees is rounded to one.
+    Three booleans, for three steps in this order. They follow from the display matrix of
+    the frame's file, which takes a point (x, y) to (a x + c y, b x + d y). A turn that is
+    no multiple of 90 degrees is rounded to one.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -860,8 +861,9 @@ RAND_AUGMENT = (
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
 # The operations below follow Pillow's, which timm and VideoMAE use, but warps are always bilinear
-# (VideoMAE's are bicubic). Even from Pillow with bilinear warps, pixels may differ: by one grey
-# level where Pillow rounds an intermediate result, by more where a warp meets a frame's border.
+# (VideoMAE's are bicubic). Pixels may differ from Pillow's even where its warps are bilinear too:
+# by one grey level where Pillow rounds an intermediate result, by more where a warp meets a
+# frame's border.
 # The slow operations take one plane (a channel of a frame, [H, W]) or one frame at a time: its
 # floats and indices stay in the processor's cache. A box is (top, left, height, width).
 

@@ -55,7 +55,8 @@ CHOICES = {
     "finetune.sampling": ["dense", "segments"],
 }
 # Settings that may be "auto", which means what suits the machine, or a value of the type shown
-# here. These values are examples, not defaults. Settings that are texts are in CHOICES.
+# here. These values are examples, not defaults. run.device and run.precision, in CHOICES, may be
+# "auto" as well.
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -614,8 +615,8 @@ class Log:
 
 # --- Training ---------------------------------------------------------------
 
-# What may differ when a run resumes: all of section run except the seed, and these keys of the
-# sections data, model and that of the stage, pretrain or finetune
+# What may differ when a run resumes: all of section run except the seed, all of the other stage's
+# section, and these keys of the sections data, model and of the run's own stage
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
