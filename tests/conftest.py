@@ -41,25 +41,14 @@ def toy(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def toy_copy(toy, tmp_path):
-    """A copy of the toy set that a test may damage."""
-    copy = tmp_path / "toy"
-    copy.mkdir()
-    for path in toy.rglob("*"):
-        target = copy / path.relative_to(toy)
-        target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
-    return copy
-
-
 def toy_lists(toy):
     """The settings that train on this toy set."""
     return [f"data.train={toy / 'train.txt'}", f"data.val={toy / 'val.txt'}"]
 
 
-# Starting Python and importing torch takes five seconds. So scripts run in processes
-# that a server forks, which has imported everything and done nothing. They are real
-# processes, with workers of their own, and can be killed.
+# Starting Python and importing torch takes five seconds. So a server imports everything once and
+# does nothing else, and scripts run in processes that are forked from it. They are real processes,
+# with workers of their own, and can be killed.
 
 USUAL_METHOD = multiprocessing.get_start_method()
 SERVER = multiprocessing.get_context("forkserver")
@@ -94,8 +83,7 @@ class Script:
 
     count = 0
 
-    def __init__(self, script, *arguments, output, processes=0, machines=ONE_MACHINE,
-                 folder=ROOT):
+    def __init__(self, script, *arguments, output, processes=0, machines=ONE_MACHINE):
         Script.count += 1
         self.prefix = f"{output}-{Script.count}"        # of the files that hold what it prints
         self.output = Path(output)
@@ -103,14 +91,14 @@ class Script:
         if not processes:
             self.process = SERVER.Process(
                 target=run_main,
-                args=(script, arguments, str(folder), self.prefix, USUAL_METHOD))
+                args=(script, arguments, str(ROOT), self.prefix, USUAL_METHOD))
             self.process.start()
         else:
             with open(f"{self.prefix}.out", "w") as out, open(f"{self.prefix}.err", "w") as err:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "torch.distributed.run", *machines,
                      f"--nproc_per_node={processes}", ROOT / script, *arguments],
-                    cwd=folder, stdout=out, stderr=err)
+                    cwd=ROOT, stdout=out, stderr=err)
         self.pid = self.process.pid
 
     def is_running(self):
@@ -143,6 +131,7 @@ class Script:
         return self.printed("out"), self.printed("err")
 
     def steps_logged(self):
+        """Lines in its log: one for each step and, in fine-tuning, one for each validation."""
         log = self.output / "log.jsonl"
         return log.read_text().count("\n") if log.exists() else 0
 

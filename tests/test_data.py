@@ -153,7 +153,7 @@ FILES = {
     "rotated.mp4": dict(rotation=90),
     "upside-down.mp4": dict(rotation=180),
     "odd-size.mp4": dict(height=33, width=47),
-    "one-pixel.mp4": dict(height=2, width=2, count=3),
+    "two-by-two.mp4": dict(height=2, width=2, count=3),
     "short.mp4": dict(count=5),
     "one-frame.mp4": dict(count=1),
 }
@@ -162,7 +162,9 @@ FILES = {
 def write_edit_list(path):
     """A file whose edit list begins in the middle of a group of pictures."""
     whole = encode(path.with_name("whole.mp4"), g=40, bf=2)
-    return copy_packets(whole, path, earlier=10)
+    copy_packets(whole, path, earlier=10)
+    assert len(decode_everything(path)) == 30           # ten are hidden
+    return path
 
 
 @pytest.mark.parametrize("name", [*FILES, "edit-list.mp4"])
@@ -184,17 +186,21 @@ def test_frames_equal_those_of_a_reader_that_decodes_everything(tmp_path, name):
         assert_equal(read_frames(path, *wanted), expected[clamped])
 
 
-def test_an_edit_list_hides_frames(tmp_path):
-    path = write_edit_list(tmp_path / "edit-list.mp4")
-    assert len(decode_everything(path)) == 30
-
-
-def test_several_clips_come_from_one_decode(tmp_path):
+def test_several_clips_come_from_one_decode(tmp_path, monkeypatch):
     path = encode(tmp_path / "video.mp4", g=10)
     expected = decode_everything(path)
+    calls = []
+    decode_indexed = data.decode_indexed
+
+    def count_calls(*arguments):
+        calls.append(None)
+        return decode_indexed(*arguments)
+
+    monkeypatch.setattr(data, "decode_indexed", count_calls)
     first, second = read_clips(path, lambda count: [[3, 5], [5, 30, 31]])
     assert_equal(first, expected[[3, 5]])
     assert_equal(second, expected[[5, 30, 31]])
+    assert len(calls) == 1
 
 
 def write_sound(path):
@@ -219,7 +225,7 @@ def broken(tmp_path):
     (tmp_path / "damaged.mp4").write_bytes(damaged)
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("hello")
-    (tmp_path / "codec.mp4").write_bytes(content.replace(b"avc1", b"zzzz"))     # there is none
+    (tmp_path / "codec.mp4").write_bytes(content.replace(b"avc1", b"zzzz"))     # no such codec
     (tmp_path / "folder.mp4").mkdir()
     write_sound(tmp_path / "sound.mp4")
     copy_packets(good, tmp_path / "headless.mp4", first=1)  # without its key frame
@@ -360,7 +366,7 @@ def test_class_folders(tmp_path):
     assert names(entries) == expected
     assert classes == ["clap", "wave"]
 
-    # A class may be kept elsewhere, behind a link; one that leads back up ends
+    # A class folder may be a link. A link that leads back up is not followed.
     (tmp_path / "wink").symlink_to(tmp_path / "clap")
     (tmp_path / "wave" / "up").symlink_to(tmp_path)
     entries, _ = read_annotations(tmp_path)
@@ -374,7 +380,7 @@ def test_a_folder_of_videos_has_no_labels(tmp_path):
     assert names(entries) == [("a.webm", None), ("b.mp4", None)]
     assert classes is None
 
-    # One that lies deeper is no class: then the others would be lost
+    # A folder beside videos is no class: the videos beside it would have none
     write(tmp_path / "more" / "c.mp4", "")
     entries, _ = read_annotations(tmp_path)
     assert names(entries) == [("a.webm", None), ("b.mp4", None), ("c.mp4", None)]
@@ -389,6 +395,7 @@ CSV_HEADER = "label,youtube_id,time_start,time_end\n"
     ("list.txt", "c.mp4 waving\n", "list.txt:1: expected `path label`.*one number.*waving"),
     ("list.txt", "", "the annotation file is empty"),
     ("list.txt", "gone.mp4 0\n", "none of its 1 videos is under .*gone.mp4"),
+    # Lists of a missing video whose start resembles JSON, or the header of Kinetics' CSV
     ("list.txt", "[1] gone.mp4 0\n", r"none of its 1 videos is under .*\[1\] gone.mp4"),
     ("list.txt", "youtube_id/gone.mp4 0\n",
      "none of its 1 videos is under .*youtube_id/gone.mp4"),
@@ -400,6 +407,7 @@ CSV_HEADER = "label,youtube_id,time_start,time_end\n"
     ("list.json", '[{"id": "7", "template": "Eating [something]"}]',
      "class 'Eating something' is not among"),
     ("list.json", "[{", "expected a JSON list"),
+    # Here the annotations are themselves the labels.json that should lie beside them
     ("labels.json", '[{"id": "7", "template": "Holding [something]"}]',
      "labels.json: expected a JSON object of class names"),
 ])
@@ -430,7 +438,8 @@ def test_dense_clips_have_the_exact_stride_and_start_anywhere():
 
 
 def test_multi_scale_crop_takes_videomaes_sizes_and_positions():
-    # Every pixel holds its own row and column. Enlarged, a crop keeps its ends.
+    # Every pixel holds its own row and column. Crops are only enlarged, so the least and the
+    # greatest value of each stay.
     rows, columns = torch.meshgrid(torch.arange(100.0), torch.arange(160.0), indexing="ij")
     clip = torch.stack((rows, columns, rows))[None]
     sizes = set()
@@ -462,7 +471,7 @@ WARPS = {"rotate", "shear x", "shear y", "move x", "move y"}
 
 @pytest.fixture(scope="module")
 def clips_to_augment():
-    """Clips uint8 [T, 3, H, W], as decoded: pictures, noise of odd size, dim and plain ones."""
+    """Clips uint8 [T, 3, H, W], as decoded: pictures, noise, a dim and a plain frame."""
     pictures = torch.stack(list(moving_pictures(2, 96, 128, rate=25)))
     noise = torch.randint(256, (2, 37, 51, 3), generator=torch.Generator().manual_seed(0))
     dim = 90 + noise // 4
@@ -482,7 +491,7 @@ def test_an_operation_gives_pillows_pixels(name, level, sign, clips_to_augment):
         expected = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
         difference = (result.int() - expected.int()).abs()
         if name in WARPS:
-            # A place at the very border may be within for one and outside for the other
+            # Where pixels come from the very border, the two may disagree whether that is outside
             assert (difference > 1).float().mean() < 0.002
             assert difference.float().mean() < 0.1
         else:
@@ -630,7 +639,7 @@ def test_another_video_is_drawn_for_an_unreadable_one(toy, tmp_path):
     assert "unreadable.mp4" in sample.unreadable[0]
     assert_equal(videos[0, 4].clips, sample.clips)          # the same one every time
 
-    # Its label is that of the video drawn, whose clip it is
+    # Clip and label are both those of the video that was drawn instead
     videos.entries = [Entry(unreadable, 4), Entry(videos.entries[3].path, 3)]
     assert videos[0, 0].label == 3
 
@@ -675,7 +684,7 @@ def test_batches_are_the_same_with_and_without_workers():
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError, EOFError])
-def test_an_error_of_the_dataset_comes_through_as_it_is(kind, workers):
+def test_an_error_of_the_dataset_keeps_its_kind_and_its_message(kind, workers):
     batches = load_batches(Squares(4, kind("four is bad")), 1, range(8), workers)
     assert [next(batches) for _ in range(4)] == [[0], [1], [4], [9]]
     with pytest.raises(kind, match="four is bad"):
@@ -711,7 +720,7 @@ def kill_this_process(_):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_named():
+def test_a_killed_worker_is_reported():
     with pytest.raises(UserError, match="a worker process has ended"):
         data.collect_reasons(kill_this_process, [1], 2)
 
@@ -816,7 +825,7 @@ def test_shrink_keeps_colours(tmp_path, rotation):
 
 @pytest.mark.slow
 def test_check_names_every_unreadable_video_once(broken, capsys):
-    """Of two lists that share a video."""
+    """Of two lists that share one unreadable video."""
     first = write(broken / "first.txt", "good.mp4\ndamaged.mp4\n")
     second = write(broken / "second.txt", "damaged.mp4\ntext.mp4\ngood.mp4\n")
     reasons = data.check([first, second], "", workers=2)

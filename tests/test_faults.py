@@ -189,7 +189,7 @@ def test_a_killed_rank_is_restarted_on_two_machines(
     agents[0].wait_for_steps(3)
     os.kill(children(agents[1].pid)[-1], signal.SIGKILL)
     printed = [agent.finish(timeout=300)[0] for agent in agents]
-    # The first rank, which prints, may be with the one agent before and the other after
+    # Rank 0 prints. At the restart it may go from one agent to the other.
     begun_from, *_, resumed_from = sorted(first_steps("".join(printed)))
     assert begun_from == 0 and 2 <= resumed_from < 18
     assert_equal(outcome(output), undisturbed_by_two)
@@ -248,6 +248,7 @@ def test_the_failure_of_one_rank_ends_all_with_its_message(toy, tmp_path):
     """The first rank can read its four videos of the first step, the second one none."""
     broken = tmp_path / "broken.mp4"
     broken.write_text("hello")
+    # 4 of 800 are readable, so that the second rank's ten tries hardly ever draw one
     lines = [str(broken)] * 800
     for _, i in data.training_order(800, 8, 0, 1, seed=0, rank=0, world_size=2):
         lines[i] = str(toy / "train" / "00000.mp4")
@@ -334,14 +335,13 @@ def test_an_output_that_cannot_be_made_is_named(toy, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["pretrain.epochs=1"], ["pretrain.epochs=6"]])
-def test_a_truncated_checkpoint_is_refused_by_name(toy, finished, tmp_path, arguments):
+def test_a_truncated_checkpoint_is_refused_by_name(toy, finished, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     content = (output / "last.pt").read_bytes()
     (output / "last.pt").write_bytes(content[:len(content) // 2])
     before = snapshot(tmp_path)
-    settings = [*TINY, *toy_lists(toy), *arguments, f"run.output={output}", "run.workers=0"]
+    settings = [*TINY, *toy_lists(toy), f"run.output={output}", "run.workers=0"]
     with pytest.raises(UserError, match="run/last.pt: this is not a readable checkpoint"):
         train_pretrain.pretrain(train_pretrain.load_config(settings, "pretrain"))
     assert snapshot(tmp_path) == before
@@ -368,7 +368,7 @@ def test_a_longer_schedule_other_paths_and_other_workers_may_resume(toy, tmp_pat
 
 
 class Malicious:
-    """What unpickling it executes makes a folder."""
+    """Unpickling it makes a folder."""
 
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -510,14 +510,11 @@ SCRIPTS = [
     ("train_finetune.py", "finetune.init=scratch run.max_batch=1 finetune.mixup=0.8",
      "mix different videos, but a process takes one at a time"),
 ]
-COMMANDS = [
-    ("python {root}/train_pretrain.py {usual} toyy", "preset 'toyy' is unknown"),
-]
 
 
 @pytest.fixture
 def nothing_changes(tmp_path, finished):
-    """A test may leave nothing in its folder, and the finished run as it was."""
+    """A test must leave its own folder empty and the finished run as it was."""
     before = snapshot(finished)
     yield
     assert not list(tmp_path.iterdir())
@@ -564,17 +561,13 @@ def test_a_fault_of_the_first_step_ends_the_script(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command, culprit", COMMANDS)
-def test_a_command_with_bad_input_ends_with_status_1(
-        command, culprit, toy, bad, finished, tmp_path, nothing_changes):
-    usual = shlex.join([*TINY, *toy_lists(toy), "run.output=run"])
-    words = shlex.split(command.format(root=ROOT, usual=usual, bad=bad, finished=finished))
+def test_a_command_with_bad_input_ends_with_status_1(toy, tmp_path, nothing_changes):
+    arguments = [*TINY, *toy_lists(toy), "run.output=run", "toyy"]
     process = subprocess.run(
-        [sys.executable, *words[1:]], cwd=tmp_path, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, timeout=120)
+        [sys.executable, ROOT / "train_pretrain.py", *arguments], cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120)
     assert process.returncode == 1
-    assert culprit in process.stderr
-    assert culprit in process.stderr.splitlines()[-1]
+    assert "preset 'toyy' is unknown" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr
 
 

@@ -168,7 +168,10 @@ class Bits:
 
 
 def h264_header(height, width):
-    """Sequence and picture parameters of an interlaced video."""
+    """Sequence and picture parameters of an interlaced video.
+
+    The fields are in the order of the H.264 standard, 7.3.2.1 and 7.3.2.2.
+    """
     sequence = Bits()
     sequence.fixed(8, 77, 0, 30)                        # main profile, level 3
     sequence.golomb(0, 0, 0, 4, 1)                      # frame_num: 4 bits, order: 8; 1 reference
@@ -189,7 +192,7 @@ def h264_picture(luma, number, field=None):
     """A grey picture [H, W]: frame `number`, or its field 0 (top) or 1 (bottom)."""
     is_idr = number == 0 and field != 1
     bits = Bits()
-    bits.golomb(0, 7, 0)                                # an intra slice
+    bits.golomb(0, 7, 0)                                # slice header (7.3.3): an intra slice
     bits.fixed(4, number % 16)
     if field is None:
         bits.fixed(1, 0)
@@ -203,7 +206,7 @@ def h264_picture(luma, number, field=None):
     for top in range(0, luma.shape[0], 16):
         for left in range(0, luma.shape[1], 16):
             block = luma[top:top + 16, left:left + 16]
-            bits.golomb(25)                             # not compressed
+            bits.golomb(25)                             # a block of type I_PCM: not compressed
             bits.align()
             bits.fixed(8, *block.flatten().tolist(), *[128] * 128)
     return bits.unit(0x65 if is_idr else 0x61)
@@ -238,9 +241,9 @@ def write_fields(path, first_field=0):
 
 
 def decode(path, matrix=(1, 0, 0, 1)):
-    """All frames of a video [n, H, W, 3], from its start to a break, by PyAV alone.
+    """All frames [n, H, W, 3] up to where the file breaks off, if it does, by PyAV alone.
 
-    Turned as `matrix` says, which is not looked for in the file.
+    They are turned by the argument `matrix`; the file's own matrix is not read.
     """
     frames = []
     with av.open(str(path), metadata_errors="ignore") as container:
@@ -284,7 +287,7 @@ def assert_shrinks(path, expected):
 
 
 def assert_read(path, expected):
-    """All ways to read a video agree with these frames, bit for bit, and so do the commands."""
+    """Every way to read a video gives these frames bit for bit. `check` and `shrink` work on it."""
     np.testing.assert_array_equal(read_all(path), expected)
     last = len(expected) - 1
     chance = random.Random(0)
@@ -349,7 +352,8 @@ def test_a_degenerate_display_matrix_is_ignored(tmp_path, matrix):
 
 
 def test_damage_that_hevcs_decoder_hides_is_refused(tmp_path):
-    """A frame is refused, or is what decoding in sequence gives, or what it was."""
+    """The damaged frame is refused. Any other is refused, or is as before the damage, or is what
+    decoding in sequence shows."""
     path = encode(tmp_path / "video.mp4", "libx265", key_frames=12)
     content = path.read_bytes()
     original = decode(path)
@@ -369,6 +373,7 @@ def test_damage_that_hevcs_decoder_hides_is_refused(tmp_path):
             except UnreadableVideo:
                 refused.append(number)
             else:
+                # The last frames may be missing in `shown`
                 frames = [original[number], *shown[number:number + 1]]
                 assert any(np.array_equal(frame, known) for known in frames)
         assert i in refused
@@ -378,7 +383,8 @@ def test_damage_that_hevcs_decoder_hides_is_refused(tmp_path):
         assert path.name in data.shrink_video((path, tmp_path / "shrunk.mp4"), HEIGHT, 8)
 
 
-# The times of MPEG-TS begin anew after 2^33 units. Before that, they count as negative.
+# MPEG-TS counts 1 / 90000 s and begins anew after 2^33 of these. FFmpeg takes times shortly before
+# that as negative. This is the number of the last frame before it.
 LAST_FRAME = 2 ** 33 * 25 // 90000
 
 
@@ -431,7 +437,7 @@ OPEN_GROUPS = {"libx264": dict(x264_params="open-gop=1:scenecut=0:b-adapt=0"),
 @pytest.mark.parametrize("suffix", ["ts", "mp4"])
 @pytest.mark.parametrize("codec", OPEN_GROUPS)
 def test_a_video_may_begin_inside_a_group_of_pictures(tmp_path, codec, suffix, at_key_frame):
-    """Where the index promises frames that cannot be decoded, the others are counted."""
+    """Or at the key frame of an open group. Frames whose references are missing are left out."""
     plain = encode(tmp_path / f"plain.{suffix}", codec, b_frames=2, **OPEN_GROUPS[codec])
     keys = [i for i, packet in enumerate(list_packets(plain)) if packet.is_keyframe]
     first = keys[1] if at_key_frame else keys[1] - 2
@@ -446,7 +452,7 @@ def test_a_video_may_begin_inside_a_group_of_pictures(tmp_path, codec, suffix, a
 
 @pytest.mark.parametrize("suffix", ["ts", "mp4"])
 def test_a_video_may_begin_where_its_picture_is_renewed_part_by_part(tmp_path, suffix):
-    """That is marked as a key frame, but no frame comes before the picture is whole."""
+    """Its first packet is marked as a key frame, but no frame comes until the picture is whole."""
     plain = encode(tmp_path / "plain.ts", x264_params="intra-refresh=1:keyint=8")
     keys = [i for i, packet in enumerate(list_packets(plain)) if packet.is_keyframe]
     path = copy_packets(plain, tmp_path / f"video.{suffix}", first=keys[1])
@@ -497,8 +503,8 @@ def test_what_precedes_a_cut_packet_is_read(tmp_path, codec, suffix):
     plain = encode(tmp_path / f"plain.{suffix}", codec)
     movflags = {"movflags": "faststart"} if suffix == "mp4" else {}
     path = copy_packets(plain, tmp_path / f"video.{suffix}", **movflags)
-    last = list_packets(path)[-4]
-    cut_end(path, path.stat().st_size - last.pos - last.size // 2)
+    cut = list_packets(path)[-4]
+    cut_end(path, path.stat().st_size - cut.pos - cut.size // 2)
     expected = decode(path)
     assert COUNT - 6 <= len(expected) < COUNT
     np.testing.assert_array_equal(expected, decode(plain)[:len(expected)])
@@ -634,7 +640,7 @@ OPTIONS = {
 
 
 def sweep():
-    """Every container and codec with and without B-frames, changes, options and matrices."""
+    """Each codec in its containers; those of REORDERING also with B-frames and all that follows."""
     videos = []
     for codec, suffixes in CONTAINERS.items():
         for b_frames in (0, 2) if codec in REORDERING else (0,):
@@ -653,7 +659,8 @@ def sweep():
 @pytest.mark.slow
 @pytest.mark.parametrize("video", sweep(), ids=str)
 def test_frames_equal_those_of_a_sequential_decoder(tmp_path, video):
-    # Some packets of an MKV lack a time, so it cannot be changed
+    # `change` copies packets by their times, which some packets of an MKV lack. So it copies from
+    # an MP4.
     suffix = "mp4" if video.suffix == "mkv" and video.change else video.suffix
     plain = encode(tmp_path / f"plain.{suffix}", video.codec, video.b_frames, **video.options)
     path = tmp_path / f"video.{video.suffix}"
@@ -669,7 +676,7 @@ def test_frames_equal_those_of_a_sequential_decoder(tmp_path, video):
 
 
 def test_the_sweep_is_wide():
-    assert len(sweep()) >= 60
+    assert len(sweep()) >= 150
 
 
 # --- Folders of images ------------------------------------------------------
@@ -882,6 +889,7 @@ NO_ROW = "expected a label, a youtube_id and two times, found: "
 KINETICS = {
     "as published": (f"{HEADER}\n{ROWS}", AIR_AND_ZUMBA),
     "capitals": (f"Label,YouTube_ID,Time_Start,TIME_END,Split\n{ROWS}", AIR_AND_ZUMBA),
+    # A blank after each comma, but no second one in the class "air, drumming"
     "blanks": (f"{HEADER}\n{ROWS}".replace(",", ", ").replace("air,  ", "air, "), AIR_AND_ZUMBA),
     "blanks before commas": (f"{HEADER}\n{ROWS}".replace(",", " ,").replace("air ,", "air,"),
                              AIR_AND_ZUMBA),
@@ -926,7 +934,7 @@ FOLDERS = {
     "what Unix hides": ([*CLASS_FOLDERS, ".c.mp4", "wave/.b.mp4"], A_AND_B),
     "other files": ([*CLASS_FOLDERS, "readme.txt", "wave/a.wav", "clap/b.json", "notes/x.md",
                      "classes.png"], A_AND_B),
-    "all suffixes": ([f"wave/a.{suffix}" for suffix in SUFFIXES],
+    "many suffixes": ([f"wave/a.{suffix}" for suffix in SUFFIXES],
                      [(f"a.{suffix}", 0) for suffix in sorted(SUFFIXES)]),
     "videos, and class folders": ([*CLASS_FOLDERS, "c.mp4"],
                                   [("c.mp4", None), ("b.mp4", None), ("a.mp4", None)]),
@@ -984,7 +992,7 @@ def contents(folder):
 
 @pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(toy, tmp_path):
-    """At once, by both scripts. It changes nothing. What is killed leaves no lock behind."""
+    """A second run of either script. It changes nothing. A killed run leaves no lock behind."""
     output = tmp_path / "run"
     arguments = [*toy_lists(toy), "pretrain.epochs=6", "run.save_minutes=0"]
     first = Script("train_pretrain.py", *arguments, output=output)
@@ -1008,7 +1016,7 @@ def test_a_second_run_in_the_same_folder_is_refused(toy, tmp_path):
 
 @pytest.mark.slow
 def test_of_two_runs_that_begin_at_once_one_is_refused(toy, tmp_path):
-    """Before there is a folder to lock. The other is not disturbed."""
+    """Mostly before there is a folder to lock. The other run is not disturbed."""
     output = tmp_path / "run"
     arguments = [*toy_lists(toy), "pretrain.epochs=3"]
     scripts = [Script("train_pretrain.py", *arguments, output=output) for _ in range(2)]
@@ -1060,6 +1068,7 @@ def test_two_thousand_reads_take_no_more_memory_or_files(tmp_path):
     descriptors = len(os.listdir("/proc/self/fd"))
     refused = 0
     read_some(2000)
-    assert 2000 / 6 <= refused <= 2 * 2000 / 6 + 1
+    # All 333 reads of text.mp4 are refused, and at least one, at most all 333, of damaged.mp4
+    assert 333 < refused <= 666
     assert resident_megabytes() - memory < 3
     assert len(os.listdir("/proc/self/fd")) <= descriptors
