@@ -371,7 +371,7 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """From now on take clips of `frames` x `size` x `size`, with interpolated positions."""
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # .data: if a fork has made positions a Parameter, a plain tensor cannot be assigned to it
+        # Assigned to .data: a fork may have made positions a Parameter, which takes no plain tensor
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 

@@ -863,9 +863,8 @@ POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "b
 # The operations below follow Pillow's, which timm and VideoMAE use, but warps are always bilinear
 # (VideoMAE's are bicubic). Pixels may differ from Pillow's even where its warps are bilinear too:
 # by one grey level where Pillow rounds an intermediate result, by more where a warp meets a
-# frame's border.
-# The slow operations take one plane (a channel of a frame, [H, W]) or one frame at a time: its
-# floats and indices stay in the processor's cache. A box is (top, left, height, width).
+# frame's border. The slow operations take one plane (a channel of a frame, [H, W]) or one frame at
+# a time: its floats and indices stay in the processor's cache. A box is (top, left, height, width).
 
 
 def look_up(clip, tables):

@@ -72,7 +72,7 @@ class StrictLoader(yaml.SafeLoader):
         names = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue                        # refused by what is called below
+                continue                        # super() refuses it below
             if key.value in names:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice",
                                            problem_mark=key.start_mark)
@@ -81,7 +81,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def read_settings(path):
-    """The sections of a YAML file, {section: {key: value}}. UserError if its form is another."""
+    """The sections of a YAML file, {section: {key: value}}. UserError for any other form."""
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
@@ -111,8 +111,8 @@ def as_kind_of(default, value, name):
     """`value`, of the type of `default`. UserError if it is of another type.
 
     Where a float is wanted, an int is taken, and text such as 1e-3, which YAML reads as text.
-    A list must be as long as its default. If the default is an empty list, as it may be in a
-    fork, any list will do.
+    A list must be as long as its default. If that is empty, as it may be in a fork, any list
+    will do.
     """
     kind = type(default)
     if kind is float and type(value) in (int, str):
@@ -199,7 +199,7 @@ def load_config(arguments, stage):
     """The settings of a command line: config.yaml, then presets, then section.key=value.
 
     A preset is named in config.yaml, or is a file of the same form, X.yaml.
-    UserError names what is unknown, of the wrong kind or, by check_ranges, out of range.
+    UserError names what is unknown, of the wrong kind or out of range (see check_ranges).
     """
     config = read_settings(CONFIG)
     known_presets = config.pop("presets")
