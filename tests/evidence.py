@@ -127,11 +127,11 @@ def token_features(encoder, clips):
     tokens = read_tokens(encoder, clips)                                # [n, N, D]
     grid = encoder.grid
     cells = tokens.unflatten(1, grid)                                   # [n, t, h, w, D]
-    where = F.adaptive_avg_pool3d(cells.movedim(4, 1), (grid[0], 4, 4))
+    regions = F.adaptive_avg_pool3d(cells.movedim(4, 1), (grid[0], 4, 4))
     return {
         "mean token": tokens.mean(1),
         "means of time slices": cells.mean((2, 3)).flatten(1),
-        "means of 4 x 4 places a slice": where.flatten(1)}
+        "means of 4 x 4 regions a slice": regions.flatten(1)}
 
 
 def readout(checkpoint, train, val, root):
