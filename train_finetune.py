@@ -111,6 +111,10 @@ class Probe(nn.Module):
         """[B, 3, T, H, W] -> logits [B, classes]"""
         with torch.no_grad():
             tokens = self.encoder(video)                                # [B, N, D]
+        return self.classify(tokens)
+
+    def classify(self, tokens):
+        """[B, N, D] -> logits [B, classes]"""
         if not self.attentive:
             return self.head(self.norm(tokens.mean(1)))
         query = self.query.expand(len(tokens), -1, -1)                  # [B, 1, D]

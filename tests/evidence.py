@@ -6,6 +6,8 @@ Evidence on small sets of real video: what RESULTS.md needs beside the two train
     python tests/evidence.py readout CHECKPOINT TRAIN VAL [--root DIR]
         ridge regressions on the tokens of the frozen encoder, on those of a random one, and on
         pixels
+    python tests/evidence.py attentive CHECKPOINT TRAIN VAL [--root DIR]
+        attentive probes on the same tokens, computed once and without augmentation
 """
 
 import argparse
@@ -22,6 +24,7 @@ import benchmark
 import data
 import train_pretrain
 from arvideo import ARVideo, pretrained_encoder
+from train_finetune import Probe, encoder_arguments
 from train_pretrain import load_checkpoint
 
 # Of these, cross-validation on the training list takes one
@@ -29,6 +32,12 @@ PENALTIES = [10.0 ** power for power in range(-4, 3)]
 FOLDS = 5
 FEW = 10        # videos of each class where labels are few
 DRAWS = 3       # of these videos
+
+# Attentive probes. Rate and steps were chosen on a part of the training list of RESULTS.md
+STEPS = 2000
+BATCH = 16
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.05
 
 
 class VideoMAE(benchmark.VideoMAE):
@@ -79,19 +88,51 @@ def choose_penalty(features, labels):
     return PENALTIES[means.index(max(means))]
 
 
-def print_accuracies(name, train, train_labels, val, val_labels):
-    """With all training videos, and with FEW of each class, the mean of DRAWS choices."""
+def best_ridge_accuracy(train, train_labels, val, val_labels):
+    """ridge_accuracy with the penalty that the training list chooses."""
     penalty = choose_penalty(train, train_labels)
-    all_labels = ridge_accuracy(train, train_labels, val, val_labels, penalty)
+    return ridge_accuracy(train, train_labels, val, val_labels, penalty)
+
+
+# --- Attentive probe --------------------------------------------------------
+
+
+def attentive_accuracy(train, train_labels, val, val_labels, build_probe):
+    """Percent of `val` that an attentive probe on `train` gets right. Tokens are [n, N, D]."""
+    torch.manual_seed(0)
+    probe = build_probe()
+    parameters = [parameter for parameter in probe.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
+        rows = torch.randperm(len(train))[:BATCH]
+        loss = F.cross_entropy(probe.classify(train[rows]), train_labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        predictions = torch.cat([probe.classify(part).argmax(1) for part in val.split(32)])
+    return 100 * (predictions == val_labels).double().mean().item()
+
+
+# --- Many labels and few ----------------------------------------------------
+
+
+def print_accuracies(name, accuracy, train, train_labels, val, val_labels):
+    """With all training videos, and with FEW of each class, the mean of DRAWS choices.
+
+    accuracy(train, train_labels, val, val_labels) -> percent
+    """
+    all_labels = accuracy(train, train_labels, val, val_labels)
     few_labels = []
     for seed in range(DRAWS):
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(train_labels), generator=generator)
         rows = torch.cat([order[train_labels[order] == label][:FEW]
                           for label in train_labels.unique()])
-        penalty = choose_penalty(train[rows], train_labels[rows])
-        few_labels.append(ridge_accuracy(
-            train[rows], train_labels[rows], val, val_labels, penalty))
+        few_labels.append(accuracy(train[rows], train_labels[rows], val, val_labels))
     print(f"{name:42} all labels {all_labels:5.1f} %, {FEW} of each class "
           f"{sum(few_labels) / DRAWS:5.1f} %", flush=True)
 
@@ -134,30 +175,49 @@ def token_features(encoder, clips):
         "means of 4 x 4 regions a slice": regions.flatten(1)}
 
 
+def read_lists(config, train, val, root):
+    """(clips, labels) of the training list, then of the validation list."""
+    train, classes = data.read_annotations(train, root)
+    val, _ = data.read_annotations(val, root, classes)
+    frames, size = config["model"]["frames"], config["model"]["size"]
+    return read_views(train, frames, size), read_views(val, frames, size)
+
+
+def read_encoders(checkpoint):
+    """{name: encoder}: the checkpoint's, and the random one that its pretraining started from."""
+    config = checkpoint["config"]
+    torch.manual_seed(data.stream_seed(config["run"]["seed"], "weights"))
+    return {"pretrained": pretrained_encoder(checkpoint),
+            "random": ARVideo(**config["model"]).encoder.eval()}
+
+
 def readout(checkpoint, train, val, root):
     """Print the accuracy on the list `val` of regressions on pixels and on frozen tokens."""
     checkpoint = load_checkpoint(checkpoint)
-    model = checkpoint["config"]["model"]
-    seed = checkpoint["config"]["run"]["seed"]
-    train, classes = data.read_annotations(train, root)
-    val, _ = data.read_annotations(val, root, classes)
-    train, train_labels = read_views(train, model["frames"], model["size"])
-    val, val_labels = read_views(val, model["frames"], model["size"])
-
-    # The random encoder is what the pretraining of this seed started from
-    torch.manual_seed(data.stream_seed(seed, "weights"))
-    untrained = ARVideo(**model).encoder.eval()
-    pretrained = pretrained_encoder(checkpoint)
-    sources = {
-        "pixels": pixel_features,
-        "pretrained": partial(token_features, pretrained),
-        "random": partial(token_features, untrained)}
+    lists = read_lists(checkpoint["config"], train, val, root)
+    (train, train_labels), (val, val_labels) = lists
+    sources = {"pixels": pixel_features}
+    for name, encoder in read_encoders(checkpoint).items():
+        sources[name] = partial(token_features, encoder)
     for name, features_of in sources.items():
         train_features = features_of(train)
         val_features = features_of(val)
         for kind in train_features:
-            print_accuracies(f"{name}, {kind}", train_features[kind], train_labels,
-                             val_features[kind], val_labels)
+            print_accuracies(f"{name}, {kind}", best_ridge_accuracy, train_features[kind],
+                             train_labels, val_features[kind], val_labels)
+
+
+def attentive(checkpoint, train, val, root):
+    """Print the accuracy on the list `val` of attentive probes on frozen tokens."""
+    checkpoint = load_checkpoint(checkpoint)
+    config = checkpoint["config"]
+    (train, train_labels), (val, val_labels) = read_lists(config, train, val, root)
+    classes = train_labels.max() + 1
+    build_probe = partial(Probe, classes, attentive=True, **encoder_arguments(config["model"]))
+    accuracy = partial(attentive_accuracy, build_probe=build_probe)
+    for name, encoder in read_encoders(checkpoint).items():
+        print_accuracies(f"{name}, attentive probe", accuracy, read_tokens(encoder, train),
+                         train_labels, read_tokens(encoder, val), val_labels)
 
 
 def videomae(arguments):
@@ -174,13 +234,14 @@ def main():
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["readout"])
+    parser.add_argument("command", choices=["readout", "attentive"])
     parser.add_argument("checkpoint")
     parser.add_argument("train")
     parser.add_argument("val")
     parser.add_argument("--root", default="")
     options = parser.parse_args()
-    readout(options.checkpoint, options.train, options.val, options.root)
+    command = {"readout": readout, "attentive": attentive}[options.command]
+    command(options.checkpoint, options.train, options.val, options.root)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import benchmark
@@ -17,6 +18,7 @@ from benchmark import VideoMAE, contenders, forward_flops, materialised
 from conftest import ROOT, SERVER, TINY, USUAL_METHOD, assert_equal, run_main
 
 import arvideo
+from train_finetune import Probe, encoder_arguments
 from train_pretrain import load_config
 
 PAPER = load_config(["k400"], "pretrain")
@@ -113,6 +115,28 @@ def test_a_readout_finds_classes_in_features_and_none_in_noise():
         accuracy[name] = evidence.ridge_accuracy(
             train, labels[:200], val, labels[200:], penalty)
     assert accuracy["features"] > 85
+    assert accuracy["noise"] < 50                       # chance is 33
+
+
+def test_an_attentive_probe_finds_the_token_that_names_the_class(monkeypatch):
+    monkeypatch.setattr(evidence, "STEPS", 300)
+    torch.manual_seed(0)
+    settings = load_config(["toy", *TINY], "finetune")["model"]
+    build_probe = partial(Probe, 3, attentive=True, **encoder_arguments(settings))
+    labels = torch.randint(3, (300,))
+    noise = torch.randn(300, 16, settings["width"])
+    # One token of every clip, anywhere, has two large values: a mark and the class
+    tokens = noise.clone()
+    rows = torch.arange(300)
+    marked = torch.randint(16, (300,))
+    tokens[rows, marked, 3] = 8.0
+    tokens[rows, marked, labels] = 8.0
+    accuracy = {}
+    for name, inputs in (("tokens", tokens), ("noise", noise)):
+        train, val = inputs.split([200, 100])
+        accuracy[name] = evidence.attentive_accuracy(
+            train, labels[:200], val, labels[200:], build_probe)
+    assert accuracy["tokens"] > 85
     assert accuracy["noise"] < 50                       # chance is 33
 
 

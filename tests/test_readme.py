@@ -20,6 +20,7 @@ import torch
 
 import arvideo
 import data
+import evidence
 import train_finetune
 import train_pretrain
 from arvideo import ARVideo, Encoder
@@ -138,6 +139,7 @@ def run(command, folder):
         patch.chdir(folder)
         patch.setattr("sys.argv", [words[script], *arguments])
         patch.setattr(train_pretrain, "ARVideo", ARVideo)       # which evidence.py replaces
+        patch.setattr(evidence, "STEPS", 2)
         with redirect_stdout(printed), redirect_stderr(printed):
             try:
                 importlib.import_module(Path(words[script]).stem).main()
