@@ -513,8 +513,10 @@ def timestamps_identify_frames(container, stream, packets):
         return False
     if None in times or len(set(times)) < len(times):
         return False
-    # Interlaced H.264 may have a packet for each of the two fields of a frame
-    if decoder.name == "h264" and decoder.field_order != PROGRESSIVE:
+    # Interlaced H.264 may have a packet for each of the two fields of a frame. PyAV 17, the last for
+    # Python 3.10, does not tell the order of fields.
+    field_order = getattr(decoder, "field_order", None)
+    if decoder.name == "h264" and field_order != PROGRESSIVE:
         return False
     # No frame may refer to one that is missing from the file. So the first packet must be a key
     # frame, and no later packet may be shown before it: such a frame may refer to frames from
