@@ -411,6 +411,11 @@ class UnreadableVideo(Exception):
     """A video that cannot be decoded. The message names the file and the reason."""
 
 
+# A title in a file need not be valid UTF-8. PyAV before 19 refuses such a file unless it is told not
+# to, and PyAV 19 no longer takes the argument.
+READ_METADATA = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 @contextlib.contextmanager
 def open_video(path):
     """(container, video stream) of a file.
@@ -420,7 +425,7 @@ def open_video(path):
     """
     try:
         # An absolute path, since PyAV would take `a:b.mp4` for a protocol
-        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+        with av.open(os.path.abspath(path), **READ_METADATA) as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise ValueError("it holds no video stream")

@@ -126,7 +126,7 @@ def copy_packets(source, target, first=0, earlier=0, **options):
 def decode_everything(path):
     """All frames of a video, uint8 [n, H, W, 3], decoded from its start by PyAV alone."""
     frames = []
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with av.open(str(path), **data.READ_METADATA) as container:
         for frame in container.decode(container.streams.best("video")):
             pixels = frame.to_ndarray(format="rgb24")
             frames.append(np.rot90(pixels, round(frame.rotation / 90)))
