@@ -1256,7 +1256,6 @@ def ignore_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register
 def kill_workers():
     """At exit: Python would wait for its children, and ours ignore SIGTERM."""
     for worker in multiprocessing.active_children():
@@ -1265,6 +1264,9 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
+    # Not when this file is imported: Python 3.13 forgets that in processes forked later
+    atexit.unregister(kill_workers)
+    atexit.register(kill_workers)
     others = multiprocessing.active_children()
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
