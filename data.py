@@ -411,9 +411,10 @@ class UnreadableVideo(Exception):
     """A video that cannot be decoded. The message names the file and the reason."""
 
 
-# A title in a file need not be valid UTF-8. PyAV before 19 refuses such a file unless it is told not
-# to, and PyAV 19 no longer takes the argument.
-READ_METADATA = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+# A title in a file need not be valid UTF-8. PyAV 17 and 18 then refuse the file unless such errors
+# are ignored. PyAV 19 accepts it, and has no such argument.
+PYAV_MAJOR = int(av.__version__.split(".")[0])
+METADATA_OPTIONS = {"metadata_errors": "ignore"} if PYAV_MAJOR < 19 else {}
 
 
 @contextlib.contextmanager
@@ -425,7 +426,7 @@ def open_video(path):
     """
     try:
         # An absolute path, since PyAV would take `a:b.mp4` for a protocol
-        with av.open(os.path.abspath(path), **READ_METADATA) as container:
+        with av.open(os.path.abspath(path), **METADATA_OPTIONS) as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise ValueError("it holds no video stream")
@@ -518,8 +519,8 @@ def timestamps_identify_frames(container, stream, packets):
         return False
     if None in times or len(set(times)) < len(times):
         return False
-    # Interlaced H.264 may have a packet for each of the two fields of a frame. PyAV 17, the last for
-    # Python 3.10, does not tell the order of fields.
+    # Interlaced H.264 may have a packet for each of the two fields of a frame. PyAV 17, the last
+    # for Python 3.10, has no field_order: there all H.264 is decoded from its start.
     field_order = getattr(decoder, "field_order", None)
     if decoder.name == "h264" and field_order != PROGRESSIVE:
         return False
@@ -1264,7 +1265,8 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # Not when this file is imported: Python 3.13 forgets that in processes forked later
+    # Registered here and not on import: from Python 3.13 on, multiprocessing clears such functions
+    # in each process that it forks. Unregistered first, so that it is registered once.
     atexit.unregister(kill_workers)
     atexit.register(kill_workers)
     others = multiprocessing.active_children()

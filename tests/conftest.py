@@ -68,7 +68,7 @@ def run_main(script, arguments, folder, prefix, start_method):
     try:
         importlib.import_module(script.removesuffix(".py")).main()
     finally:
-        atexit._run_exitfuncs()     # multiprocessing leaves them out
+        atexit._run_exitfuncs()     # before Python 3.13, multiprocessing leaves them out
 
 
 # One restart, for a test that kills a rank

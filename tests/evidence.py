@@ -7,7 +7,8 @@ Evidence on small sets of real video: what RESULTS.md needs beside the two train
         ridge regressions on the tokens of the frozen encoder, on those of a random one, and on
         pixels
     python tests/evidence.py attentive CHECKPOINT TRAIN VAL [--root DIR]
-        attentive probes on the same tokens, computed once and without augmentation
+        attentive probes on the tokens of both encoders. Each clip is encoded only once, without
+        augmentation
 """
 
 import argparse
@@ -27,13 +28,14 @@ from arvideo import ARVideo, pretrained_encoder
 from train_finetune import Probe, encoder_arguments
 from train_pretrain import load_checkpoint
 
-# Of these, cross-validation on the training list takes one
+# Cross-validation on the training list chooses one of these
 PENALTIES = [10.0 ** power for power in range(-4, 3)]
 FOLDS = 5
 FEW = 10        # videos of each class where labels are few
 DRAWS = 3       # of these videos
 
-# Attentive probes. Rate and steps were chosen on a part of the training list of RESULTS.md
+# Attentive probes. The rate and the number of steps were chosen on a part of the training list of
+# mouths (RESULTS.md).
 STEPS = 2000
 BATCH = 16
 LEARNING_RATE = 3e-3
@@ -65,7 +67,7 @@ def ridge_accuracy(train, train_labels, val, val_labels, penalty):
     val = ((val - mean) / scale).double()
     targets = F.one_hot(train_labels).double()                  # [n, C]
     bias = targets.mean(0)
-    # The dual form, in which a matrix is as large as the videos are many, not the features
+    # The dual form: its matrix is [n, n] and not [D, D]
     kernel = train @ train.T                                    # [n, n]
     penalties = penalty * torch.eye(len(train))
     weights = torch.linalg.solve(kernel + penalties, targets - bias)
@@ -77,15 +79,15 @@ def choose_penalty(features, labels):
     """The penalty with the best mean accuracy over folds of the training list."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     folds = order.tensor_split(FOLDS)
-    means = []
+    sums = []
     for penalty in PENALTIES:
         scores = []
         for i, held_out in enumerate(folds):
             rest = torch.cat([fold for j, fold in enumerate(folds) if j != i])
             scores.append(ridge_accuracy(
                 features[rest], labels[rest], features[held_out], labels[held_out], penalty))
-        means.append(sum(scores))
-    return PENALTIES[means.index(max(means))]
+        sums.append(sum(scores))
+    return PENALTIES[sums.index(max(sums))]
 
 
 def best_ridge_accuracy(train, train_labels, val, val_labels):
@@ -100,7 +102,7 @@ def best_ridge_accuracy(train, train_labels, val, val_labels):
 def attentive_accuracy(train, train_labels, val, val_labels, build_probe):
     """Percent of `val` that an attentive probe on `train` gets right. Tokens are [n, N, D]."""
     torch.manual_seed(0)
-    probe = build_probe()
+    probe = build_probe()       # its own encoder stays idle: the tokens are given
     parameters = [parameter for parameter in probe.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -121,9 +123,10 @@ def attentive_accuracy(train, train_labels, val, val_labels, build_probe):
 
 
 def print_accuracies(name, accuracy, train, train_labels, val, val_labels):
-    """With all training videos, and with FEW of each class, the mean of DRAWS choices.
+    """Print the accuracy with all training videos, and with FEW of each class.
 
-    accuracy(train, train_labels, val, val_labels) -> percent
+    The latter is the mean over DRAWS choices of these. What measures is
+    accuracy(train, train_labels, val, val_labels), in percent.
     """
     all_labels = accuracy(train, train_labels, val, val_labels)
     few_labels = []
@@ -175,27 +178,30 @@ def token_features(encoder, clips):
         "means of 4 x 4 regions a slice": regions.flatten(1)}
 
 
-def read_lists(config, train, val, root):
+def read_both(config, train, val, root):
     """(clips, labels) of the training list, then of the validation list."""
-    train, classes = data.read_annotations(train, root)
-    val, _ = data.read_annotations(val, root, classes)
-    frames, size = config["model"]["frames"], config["model"]["size"]
-    return read_views(train, frames, size), read_views(val, frames, size)
+    train_entries, classes = data.read_annotations(train, root)
+    val_entries, _ = data.read_annotations(val, root, classes)
+    frames = config["model"]["frames"]
+    size = config["model"]["size"]
+    return read_views(train_entries, frames, size), read_views(val_entries, frames, size)
 
 
 def read_encoders(checkpoint):
     """{name: encoder}: the checkpoint's, and the random one that its pretraining started from."""
     config = checkpoint["config"]
+    pretrained = pretrained_encoder(checkpoint)
+    # Seeded after that, since building an encoder draws random numbers
     torch.manual_seed(data.stream_seed(config["run"]["seed"], "weights"))
-    return {"pretrained": pretrained_encoder(checkpoint),
-            "random": ARVideo(**config["model"]).encoder.eval()}
+    random = ARVideo(**config["model"]).encoder.eval()
+    return {"pretrained": pretrained, "random": random}
 
 
 def readout(checkpoint, train, val, root):
     """Print the accuracy on the list `val` of regressions on pixels and on frozen tokens."""
     checkpoint = load_checkpoint(checkpoint)
-    lists = read_lists(checkpoint["config"], train, val, root)
-    (train, train_labels), (val, val_labels) = lists
+    config = checkpoint["config"]
+    (train, train_labels), (val, val_labels) = read_both(config, train, val, root)
     sources = {"pixels": pixel_features}
     for name, encoder in read_encoders(checkpoint).items():
         sources[name] = partial(token_features, encoder)
@@ -208,12 +214,12 @@ def readout(checkpoint, train, val, root):
 
 
 def attentive(checkpoint, train, val, root):
-    """Print the accuracy on the list `val` of attentive probes on frozen tokens."""
+    """Print how much of the list `val` attentive probes on frozen tokens get right."""
     checkpoint = load_checkpoint(checkpoint)
     config = checkpoint["config"]
-    (train, train_labels), (val, val_labels) = read_lists(config, train, val, root)
-    classes = train_labels.max() + 1
-    build_probe = partial(Probe, classes, attentive=True, **encoder_arguments(config["model"]))
+    (train, train_labels), (val, val_labels) = read_both(config, train, val, root)
+    class_count = train_labels.max().item() + 1
+    build_probe = partial(Probe, class_count, attentive=True, **encoder_arguments(config["model"]))
     accuracy = partial(attentive_accuracy, build_probe=build_probe)
     for name, encoder in read_encoders(checkpoint).items():
         print_accuracies(f"{name}, attentive probe", accuracy, read_tokens(encoder, train),

@@ -18,8 +18,9 @@ from benchmark import VideoMAE, contenders, forward_flops, materialised
 from conftest import ROOT, SERVER, TINY, USUAL_METHOD, assert_equal, run_main
 
 import arvideo
+import data
 from train_finetune import Probe, encoder_arguments
-from train_pretrain import load_config
+from train_pretrain import build_arvideo, load_config
 
 PAPER = load_config(["k400"], "pretrain")
 
@@ -116,6 +117,18 @@ def test_a_readout_finds_classes_in_features_and_none_in_noise():
             train, labels[:200], val, labels[200:], penalty)
     assert accuracy["features"] > 85
     assert accuracy["noise"] < 50                       # chance is 33
+
+
+def test_the_random_encoder_is_what_the_pretraining_started_from():
+    config = load_config(["toy", *TINY], "pretrain")
+    torch.manual_seed(data.stream_seed(config["run"]["seed"], "weights"))
+    model = build_arvideo(config)
+    start = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    pretrained = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    encoders = evidence.read_encoders(dict(config=config, model=pretrained))
+    for name, tensor in start.items():
+        assert_equal(encoders["random"].state_dict()[name], tensor)
+        assert_equal(encoders["pretrained"].state_dict()[name], tensor + 1)
 
 
 def test_an_attentive_probe_finds_the_token_that_names_the_class(monkeypatch):

@@ -126,7 +126,7 @@ def copy_packets(source, target, first=0, earlier=0, **options):
 def decode_everything(path):
     """All frames of a video, uint8 [n, H, W, 3], decoded from its start by PyAV alone."""
     frames = []
-    with av.open(str(path), **data.READ_METADATA) as container:
+    with av.open(str(path), **data.METADATA_OPTIONS) as container:
         for frame in container.decode(container.streams.best("video")):
             pixels = frame.to_ndarray(format="rgb24")
             frames.append(np.rot90(pixels, round(frame.rotation / 90)))
@@ -187,6 +187,7 @@ def test_frames_equal_those_of_a_reader_that_decodes_everything(tmp_path, name):
 
 
 def test_several_clips_come_from_one_decode(tmp_path, monkeypatch):
+    # Not H.264, which PyAV 17 makes us decode from its start
     path = encode(tmp_path / "video.mp4", codec="libx265", g=10)
     expected = decode_everything(path)
     calls = []
@@ -244,13 +245,18 @@ def test_unreadable_files_are_refused_by_name(broken):
     assert data.unreadable_reason(broken / "good.mp4") is None
 
 
-@pytest.mark.parametrize("name", ["by-timestamps.mp4", "by-counting.mkv"])
+@pytest.mark.parametrize("name", ["video.mp4", "video.mkv"])
 def test_damage_spreads_to_the_next_key_frame(tmp_path, name):
-    path = encode(tmp_path / name, g=20, height=96, width=128)
+    # Without B-frames, so that every frame refers to the one before
+    path = encode(tmp_path / name, g=20, bf=0, height=96, width=128)
     expected = decode_everything(path)
     # The second half of a frame's packet becomes zero
     with av.open(str(path)) as container:
-        packet = [bytes(packet) for packet in container.demux(video=0)][12]
+        packets = list(container.demux(video=0))
+    packet = bytes(packets[12])
+    next_key_frame = 13
+    while not packets[next_key_frame].is_keyframe:
+        next_key_frame += 1
     half = len(packet) // 2
     content = path.read_bytes()
     assert content.count(packet) == 1
@@ -261,8 +267,7 @@ def test_damage_spreads_to_the_next_key_frame(tmp_path, name):
             assert_equal(read_frames(path, i)[0], expected[i])
         except UnreadableVideo:
             refused.append(i)
-    assert refused
-    assert refused == list(range(refused[0], 20))
+    assert refused == list(range(12, next_key_frame))
 
 
 def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):

@@ -246,7 +246,7 @@ def decode(path, matrix=(1, 0, 0, 1)):
     They are turned by the argument `matrix`; the file's own matrix is not read.
     """
     frames = []
-    with av.open(str(path), **data.READ_METADATA) as container:
+    with av.open(str(path), **data.METADATA_OPTIONS) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         packets = []
