@@ -90,7 +90,7 @@ def choose_penalty(features, labels):
     return PENALTIES[sums.index(max(sums))]
 
 
-def best_ridge_accuracy(train, train_labels, val, val_labels):
+def tuned_ridge_accuracy(train, train_labels, val, val_labels):
     """ridge_accuracy with the penalty that the training list chooses."""
     penalty = choose_penalty(train, train_labels)
     return ridge_accuracy(train, train_labels, val, val_labels, penalty)
@@ -123,10 +123,10 @@ def attentive_accuracy(train, train_labels, val, val_labels, build_probe):
 
 
 def print_accuracies(name, accuracy, train, train_labels, val, val_labels):
-    """Print the accuracy with all training videos, and with FEW of each class.
+    """Print what `accuracy` gives with all training videos, and with FEW of each class.
 
-    The latter is the mean over DRAWS choices of these. What measures is
-    accuracy(train, train_labels, val, val_labels), in percent.
+    accuracy(train, train_labels, val, val_labels) is a percentage. With few videos it is
+    taken for DRAWS choices of them, and the mean is printed.
     """
     all_labels = accuracy(train, train_labels, val, val_labels)
     few_labels = []
@@ -178,7 +178,7 @@ def token_features(encoder, clips):
         "means of 4 x 4 regions a slice": regions.flatten(1)}
 
 
-def read_both(config, train, val, root):
+def read_train_and_val(config, train, val, root):
     """(clips, labels) of the training list, then of the validation list."""
     train_entries, classes = data.read_annotations(train, root)
     val_entries, _ = data.read_annotations(val, root, classes)
@@ -201,7 +201,7 @@ def readout(checkpoint, train, val, root):
     """Print the accuracy on the list `val` of regressions on pixels and on frozen tokens."""
     checkpoint = load_checkpoint(checkpoint)
     config = checkpoint["config"]
-    (train, train_labels), (val, val_labels) = read_both(config, train, val, root)
+    (train, train_labels), (val, val_labels) = read_train_and_val(config, train, val, root)
     sources = {"pixels": pixel_features}
     for name, encoder in read_encoders(checkpoint).items():
         sources[name] = partial(token_features, encoder)
@@ -209,7 +209,7 @@ def readout(checkpoint, train, val, root):
         train_features = features_of(train)
         val_features = features_of(val)
         for kind in train_features:
-            print_accuracies(f"{name}, {kind}", best_ridge_accuracy, train_features[kind],
+            print_accuracies(f"{name}, {kind}", tuned_ridge_accuracy, train_features[kind],
                              train_labels, val_features[kind], val_labels)
 
 
@@ -217,7 +217,7 @@ def attentive(checkpoint, train, val, root):
     """Print how much of the list `val` attentive probes on frozen tokens get right."""
     checkpoint = load_checkpoint(checkpoint)
     config = checkpoint["config"]
-    (train, train_labels), (val, val_labels) = read_both(config, train, val, root)
+    (train, train_labels), (val, val_labels) = read_train_and_val(config, train, val, root)
     class_count = train_labels.max().item() + 1
     build_probe = partial(Probe, class_count, attentive=True, **encoder_arguments(config["model"]))
     accuracy = partial(attentive_accuracy, build_probe=build_probe)
