@@ -93,10 +93,14 @@ def videos_below(folder):
     """The videos in a folder and its subfolders, links followed, in alphabetical order.
 
     A folder that holds images, and no videos or folders, counts as one video.
-    Hidden files and folders are left out, and so are those that macOS adds to archives.
+    Hidden files and folders are left out, and so are those that macOS adds to archives. A
+    folder that cannot be listed is named on stderr.
     """
+    def report(error):
+        print(f"{error.filename}: {error.strerror}; this folder is left out", file=sys.stderr)
+
     videos = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=report, followlinks=True):
         parent = Path(parent)
         names = [name for name in names if not name.startswith(".")]
         # os.walk goes into those that stay in this list
@@ -248,10 +252,18 @@ def read_class_names(path):
 def refuse_other_names(source, names, classes):
     """UserError if `names`, the content of classes.txt, are not the known `classes`.
 
+    `names` is None without classes.txt. Then the labels must not be mistaken for other numbers
+    that name the known classes, as class folders 0, 1, 10, 2 in alphabetical order may.
     Fine-tuning calls the classes of a list without classes.txt "0", "1" and so on. These
     are no real names, and are not compared.
     """
-    if not names or not classes or classes == [str(i) for i in range(len(classes))]:
+    if not classes or classes == [str(i) for i in range(len(classes))]:
+        return
+    if not names:
+        if all(name.isdecimal() for name in classes):
+            raise UserError(f"{source}: its labels are numbers, but so are the names of the known "
+                            f"classes, and in another order: {', '.join(classes[:5])}. List all "
+                            "videos in the same way, or put a classes.txt beside it")
         return
     for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
         if name != known:
@@ -447,6 +459,8 @@ def open_video(path):
 
 
 PROGRESSIVE = 1         # of FFmpeg's field orders; 0 is unknown, higher ones are interlaced
+RGB = 0                 # of FFmpeg's colour spaces
+UNSPECIFIED = 2
 
 # Kept for the life of the process: frame.reformat() would make a new scaler for each frame
 REFORMATTER = VideoReformatter()
@@ -469,12 +483,15 @@ def read_packets(container, stream):
     Reading them is cheap, and they tell more than a header, which may be wrong.
     """
     packets = []
-    with contextlib.suppress(av.error.FFmpegError):
+    is_broken = False
+    # Invalid data is a break as well. An error of the system, such as a disk's, comes through.
+    with contextlib.suppress(av.error.InvalidDataError):
         for packet in container.demux(stream):
-            # A corrupt packet is a break, except before the first good one
+            # A corrupt packet is a break, except before the first good one. What follows is read
+            # but not kept: if a disk's error has cut the packet short, that error comes next.
             if packet.is_corrupt and packets:
-                break
-            if packet.size and not packet.is_corrupt:
+                is_broken = True
+            if packet.size and not packet.is_corrupt and not is_broken:
                 packets.append(packet)
     # These decoders fail at frames before the first key frame, whose references are missing
     if stream.codec_context.name in ("hevc", "vp8", "vp9"):
@@ -550,15 +567,21 @@ def packets_needed(packets, wanted):
     is not enough: in an open group of pictures, a frame may follow a key frame in the file,
     be shown before it, and need frames from before it.
     """
-    number_of = {packet.pts: i for i, packet in enumerate(packets)}
-    needed = set()
+    number_of = {}
+    key_frame_before = []               # for each packet, the last key frame in the file up to it
+    for i, packet in enumerate(packets):
+        number_of[packet.pts] = i
+        key_frame_before.append(i if packet.is_keyframe else key_frame_before[-1])
+
+    last_needed = {}                    # {key frame: the last packet that is needed from it on}
     for pts in wanted:
         end = number_of[pts]
         # Search backwards. The first packet is a key frame and shown first, so there always is one.
-        start = next(i for i in range(end, -1, -1)
-                     if packets[i].is_keyframe and packets[i].pts <= pts)
-        needed.update(range(start, end + 1))
-    return needed
+        start = key_frame_before[end]
+        while packets[start].pts > pts:
+            start = key_frame_before[start - 1]
+        last_needed[start] = max(end, last_needed.get(start, 0))
+    return {i for start, end in last_needed.items() for i in range(start, end + 1)}
 
 
 def decode_indexed(decoder, packets, wanted, convert):
@@ -735,8 +758,11 @@ def read_clips(path, choose):
 
 def image_files(folder):
     """The images of a folder in natural order: 2.jpg comes before 10.jpg."""
-    paths = [path for path in Path(folder).iterdir() if has_suffix(path, IMAGE_SUFFIXES)
-             and not path.name.startswith(".")]
+    try:
+        paths = [path for path in Path(folder).iterdir() if has_suffix(path, IMAGE_SUFFIXES)
+                 and not path.name.startswith(".")]
+    except OSError as error:
+        raise UnreadableVideo(f"{folder}: {error.strerror}") from None
     if not paths:
         raise UnreadableVideo(f"{folder}: there are no images in this folder")
     return sorted(paths, key=lambda path: [int(part) if part.isdecimal() else part
@@ -1507,11 +1533,13 @@ def add_shrunk_stream(writer, frame, is_turned, stream, short_side, key_frames):
     # Without a B-pyramid no frame refers to a B-frame, so decode_indexed can skip unwanted ones
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode",
                "x264-params": "b-pyramid=none"}
+    # The frames written are not RGB, whatever the source's were
+    colorspace = UNSPECIFIED if frame.colorspace == RGB else frame.colorspace
     rate = stream.average_rate if stream else None
     output = writer.add_stream(
         "libx264", rate=rate or 25, width=width, height=height,
         time_base=stream.time_base if stream else Fraction(1, 25), thread_count=1,
-        options=options, colorspace=frame.colorspace, color_range=frame.color_range)
+        options=options, colorspace=colorspace, color_range=frame.color_range)
     shape = stream.sample_aspect_ratio if stream else None      # of a pixel
     if shape:
         output.sample_aspect_ratio = 1 / shape if is_turned else shape

@@ -1,6 +1,8 @@
 """Real files through real decoders, annotations as downloaded, and the randomness of a sample."""
 
 import ast
+import errno
+import itertools
 import json
 import os
 import signal
@@ -285,6 +287,19 @@ def test_the_beginning_of_a_file_cut_short_is_read(tmp_path):
     assert_equal(read_frames(half, 0, 3, 5), decode_everything(whole)[[0, 3, 5]])
 
 
+def test_an_error_of_the_disk_is_not_the_end_of_a_video(tmp_path):
+    path = encode(tmp_path / "video.mp4")
+
+    class FailingDisk:
+        def demux(self, stream):
+            yield from itertools.islice(container.demux(stream), 20)
+            raise av.error.OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(UnreadableVideo, match="video.mp4: Input/output error"):
+        with data.open_video(path) as (container, stream):
+            data.read_packets(FailingDisk(), stream)
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 def test_two_thousand_reads_leave_no_descriptor_behind(tmp_path):
     good = encode(tmp_path / "good.mp4", count=4)
@@ -380,6 +395,20 @@ def test_class_folders(tmp_path):
     (tmp_path / "wave" / "up").symlink_to(tmp_path)
     entries, _ = read_annotations(tmp_path)
     assert names(entries) == [*expected, ("c.webm", 2)]
+
+
+def test_labels_are_not_taken_for_class_folders_in_another_order(tmp_path):
+    for i in range(11):
+        write(tmp_path / "train" / str(i) / "a.mp4", "")
+    _, classes = read_annotations(tmp_path / "train")
+    assert classes[:4] == ["0", "1", "10", "2"]
+    write(tmp_path / "b.mp4", "")
+    val = write(tmp_path / "val.txt", "b.mp4 2\n")
+    with pytest.raises(UserError, match="val.txt: its labels are numbers, but so are the names"):
+        read_annotations(val, classes=classes)
+    # Up to ten such folders stand in the order of their numbers
+    entries, _ = read_annotations(val, classes=sorted(classes, key=int)[:10])
+    assert names(entries) == [("b.mp4", 2)]
 
 
 def test_a_folder_of_videos_has_no_labels(tmp_path):
@@ -830,6 +859,23 @@ def test_shrink_keeps_colours(tmp_path, rotation):
     after = read_frames(tmp_path / "out" / "red.mp4", 0)[0, 20, 20].int()
     assert (before - torch.tensor([200, 20, 20])).abs().max() < 5
     assert (before - after).abs().max() < 5
+
+
+def test_shrink_does_not_tag_yuv_as_rgb(tmp_path):
+    """The frames of libx264rgb are RGB, and say so. What is written is not."""
+    source = tmp_path / "in" / "red.mp4"
+    source.parent.mkdir()
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("libx264rgb", rate=25, width=64, height=48, pix_fmt="rgb24")
+        pixels = np.full((48, 64, 3), (200, 20, 20), np.uint8)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    assert data.shrink(source.parent, tmp_path / "out", 48, 8, workers=0) == []
+    shrunk = tmp_path / "out" / "red.mp4"
+    with av.open(str(shrunk)) as container:
+        assert next(container.decode(video=0)).colorspace != data.RGB
+    after = read_frames(shrunk, 0)[0, 20, 20].int()
+    assert (after - torch.tensor([200, 20, 20])).abs().max() < 5
 
 
 @pytest.mark.slow
