@@ -114,12 +114,17 @@ def videos_below(folder):
     return sorted(videos)
 
 
+def stem_of(path):
+    """The name of a video without folder and suffix. A folder of images has no suffix."""
+    return path.stem if has_suffix(path, VIDEO_SUFFIXES) else path.name
+
+
 def files_by_stem(root):
-    """{file name without its suffix: path} of the videos below a folder."""
+    """{stem: path} of the videos below a folder."""
     files = {}
     doubled = []
     for path in videos_below(root):
-        stem = path.stem if has_suffix(path, VIDEO_SUFFIXES) else path.name
+        stem = stem_of(path)
         if stem in files:
             doubled.append((files[stem], path))
         files.setdefault(stem, path)
@@ -243,10 +248,14 @@ def read_list(source, text, folders):
 
 
 def read_class_names(path):
-    """The lines of classes.txt, or None without this file."""
+    """The lines of classes.txt, or None without this file. UserError if a name stands twice."""
     if not path.is_file():
         return None
-    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    names = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise UserError(f"{path}: the class '{doubled[0]}' stands twice")
+    return names
 
 
 def refuse_other_names(source, names, classes):
@@ -385,6 +394,15 @@ def read_annotations(source, root="", classes=None):
     if named and isinstance(named[0][1], str):
         named, classes = number_classes(source, named, classes)
     return make_entries(source, root, named, find), classes
+
+
+def hash_of_list(entries):
+    """A hash of the names and labels of listed videos, in their order.
+
+    Folders and suffixes do not count, since the data set may be moved or shrunk.
+    """
+    named = [(stem_of(Path(path)), label) for path, label in entries]
+    return hashlib.sha256(repr(named).encode()).hexdigest()[:12]
 
 
 def read_split(settings, split, classes=None):
@@ -1612,8 +1630,7 @@ def shrink(source, target, short_side, key_frames, workers):
             continue
         # If the source is a folder of images, it is itself the only video
         name = path.relative_to(source) if path != source else Path(source.name)
-        stem = name.stem if has_suffix(name, VIDEO_SUFFIXES) else name.name
-        goal = target / name.with_name(stem + ".mp4")
+        goal = target / name.with_name(stem_of(name) + ".mp4")
         if goal in jobs:
             raise UserError(f"{path} and {jobs[goal]} would both become {goal}: rename one")
         jobs[goal] = path

@@ -163,6 +163,13 @@ def weights_in(path, content):
     return weights
 
 
+def settings_in(content):
+    """The settings in the content of a checkpoint of ours. Empty for another program's."""
+    settings = content.get("config")
+    is_ours = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
+    return settings if is_ours else {}
+
+
 def load_weights(model, path, classes):
     """Load a checkpoint, ours or VideoMAE's, into a Classifier or a Probe.
 
@@ -319,7 +326,6 @@ def write_results(output, results, classes, **about):
 
     Videos without labels have no accuracy.
     """
-    output.mkdir(parents=True, exist_ok=True)
     if results[0].entry.label is None:
         scores = dict(
             videos=len(results), scored="nothing: the videos have no labels",
@@ -510,7 +516,7 @@ def adopt_settings(config, given):
         return None, []
     content = load_checkpoint(path)
     weights = weights_in(path, content)         # or a UserError, if this is no checkpoint
-    saved = content.get("config", {})
+    saved = settings_in(content)
     saved_model = saved.get("model", {})
 
     # A run that resumes takes only pretrained_clip, on which the model's positions depend. Later,
@@ -652,7 +658,7 @@ def train_classifier(config, machine, model, lists):
     scale = layer_decay(config["model"]["depth"], settings["layer_decay"])
     optimizer = make_optimizer(model, settings, machine.device, scale)
     return fit(config, "finetune", machine, model, videos, optimizer, loss_of, validate,
-               classes=lists.classes)
+               classes=lists.classes, training_list=data.hash_of_list(lists.train))
 
 
 def print_scores(scores, output):
@@ -692,7 +698,10 @@ def finetune(config, given=frozenset()):
         origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before'}"
 
     # The test on several views takes the last weights, as VideoMAE's does, and not best.pt. With
-    # test_only it takes those in finetune.init.
+    # test_only it takes those in finetune.init. The folder is made first: if it cannot be, no test
+    # is lost.
+    if machine.is_first:
+        output.mkdir(parents=True, exist_ok=True)
     clips = settings["test_clips"]
     crops = settings["test_crops"]
     results = evaluate(model, lists.test, config, machine, clips, crops)

@@ -155,8 +155,8 @@ def check_ranges(config):
             numbers = [number for number in numbers if type(number) in (int, float)]
             if key in POSITIVE and not all(number > 0 for number in numbers):
                 raise UserError(f"{name}={value}: it must be greater than 0")
-            if not all(number >= 0 for number in numbers):              # refuses NaN as well
-                raise UserError(f"{name}={value}: it must be 0 or greater")
+            if not all(0 <= number < math.inf for number in numbers):   # refuses NaN as well
+                raise UserError(f"{name}={value}: it must be 0 or greater, and finite")
             if key in BELOW_ONE and max(numbers) >= 1:
                 raise UserError(f"{name}={value}: it must be less than 1")
     low, high = config["finetune"]["crop_area"]
@@ -547,9 +547,13 @@ def lock_folder(output):
     file = open(output / "lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise UserError(f"{output}: another run is writing here; wait for its end, or choose "
                         "another run.output") from None
+    except OSError as error:
+        # Some network file systems are mounted without locks
+        print(f"{output}: a second run that writes here would not be noticed, since the file "
+              f"system has no locks ({error.strerror})", file=sys.stderr)
     return file
 
 
@@ -616,10 +620,11 @@ class Log:
 # --- Training ---------------------------------------------------------------
 
 # What may differ when a run resumes: all of section run except the seed, all of the other stage's
-# section, and these keys of the sections data, model and of the run's own stage
+# section, and these keys of the sections data, model and of the run's own stage. data.train may
+# name the list by another path, but must list the same videos (see `training_list` below).
 MAY_CHANGE = {
-    "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
-    "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
+    "root", "train", "val", "test", "max_unreadable", "checkpointing", "epochs", "picture_epochs",
+    "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
 
 
 class Training:
@@ -672,12 +677,17 @@ class Training:
 
     def require_same(self, checkpoint):
         """UserError if must_match, the seed or a setting not in MAY_CHANGE is not as saved."""
-        pairs = {name: (value, checkpoint.get(name)) for name, value in self.must_match.items()}
+        needed = {"config", "optimizer", "step"}
+        if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+            raise UserError(f"{self.path} is no checkpoint of a run, which could resume from it: "
+                            "choose another run.output")
+        # An older checkpoint lacks what was added since, here and below
+        pairs = {name: (value, checkpoint[name]) for name, value in self.must_match.items()
+                 if name in checkpoint}
         saved = checkpoint["config"]
         pairs["run.seed"] = (self.config["run"]["seed"], saved["run"]["seed"])
         for section in ("data", "model", self.stage):
             for key, value in self.config[section].items():
-                # An older checkpoint lacks settings that were added since
                 if key not in MAY_CHANGE and key in saved[section]:
                     pairs[f"{section}.{key}"] = (value, saved[section][key])
         differing = [f"{name} is {now!r:.80}, was {before!r:.80}"
@@ -1027,7 +1037,8 @@ def pretrain(config):
             picture_predictions(epoch, log)
 
     optimizer = make_optimizer(model, settings, machine.device)
-    trained = fit(config, "pretrain", machine, model, videos, optimizer, loss_of, end_epoch)
+    trained = fit(config, "pretrain", machine, model, videos, optimizer, loss_of, end_epoch,
+                  training_list=data.hash_of_list(train))
     if machine.is_first:
         print(f"{output} is {'now' if trained else 'already'} finished: see last.pt and log.jsonl")
 

@@ -411,6 +411,14 @@ def test_labels_are_not_taken_for_class_folders_in_another_order(tmp_path):
     assert names(entries) == [("b.mp4", 2)]
 
 
+def test_a_list_is_the_same_after_its_videos_were_moved_or_shrunk():
+    old = [Entry("/old/a.webm", 0), Entry("/old/frames/7.5", 1)]          # 7.5 holds images
+    new = [Entry("/small/a.mp4", 0), Entry("/small/frames/7.5.mp4", 1)]
+    assert data.hash_of_list(new) == data.hash_of_list(old)
+    for other in (new[::-1], new[:1], [new[0], Entry("/small/frames/7.5.mp4", 0)]):
+        assert data.hash_of_list(other) != data.hash_of_list(old)
+
+
 def test_a_folder_of_videos_has_no_labels(tmp_path):
     for name in ("b.mp4", "a.webm", "notes.txt"):
         write(tmp_path / name, "")

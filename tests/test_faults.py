@@ -413,6 +413,17 @@ def bad(tmp_path_factory, toy, finished):
     content = (finished / "last.pt").read_bytes()
     (bad / "cut.pt").write_bytes(content[:len(content) // 3])
     torch.save({"model": Malicious()}, bad / "code.pt")
+    # Files of other programs
+    torch.save({"model": {"head.weight": torch.zeros(8, 32)}, "config": "vit-b"}, bad / "vit.pt")
+    (bad / "other").mkdir()
+    torch.save({"model": {}, "epoch": 7}, bad / "other" / "last.pt")
+    # Two classes of one name
+    (bad / "doubled").mkdir()
+    (bad / "doubled" / "classes.txt").write_text("wave\nclap\nwave\n")
+    (bad / "doubled" / "train.txt").write_text("../00001.mp4 1\n../00002.mp4 2\n")
+    # The videos of the finished run, in another order
+    lines = (toy / "train.txt").read_text().splitlines()
+    (bad / "reversed.txt").write_text("\n".join(reversed(lines)) + "\n")
     return bad
 
 
@@ -452,6 +463,7 @@ PRETRAIN = [
     ("pretrain.lr=-1", "pretrain.lr=-1.0: it must be greater than 0"),
     ("pretrain.lr=.nan", "pretrain.lr=nan: it must be greater than 0"),
     ("pretrain.min_lr=.nan", "pretrain.min_lr=nan: it must be 0 or greater"),
+    ("pretrain.lr=1e400", "pretrain.lr=inf: it must be 0 or greater, and finite"),
     ("data.stride=0", "data.stride=0: it must be greater than 0"),
     ("pretrain.betas=[0.9,1]", "pretrain.betas=[0.9, 1.0]: it must be less than 1"),
     ("finetune.rand_augment=[4,-7.0]", "rand_augment=[4, -7.0]: it must be 0 or greater"),
@@ -470,10 +482,13 @@ PRETRAIN = [
     ("data.train={bad}/one.txt", "pretrain.batch=8 is more than the 1 videos"),
     ("data.train={bad}/columns.csv", "the column time_end, time_start is missing"),
     ("data.train={bad}/unknown.json", "the class 'Eating something' is not among"),
+    ("data.train={bad}/doubled/train.txt", "classes.txt: the class 'wave' stands twice"),
     ("data.root={bad}/nowhere", "nowhere: there is no such folder"),
     # The run of another configuration, and the machine
     ("run.output={finished} pretrain.lr=1.0", "pretrain.lr is 1.0, was 0.006"),
     ("run.output={finished} data.train={bad}/fewer.txt", "videos is 8, was 24"),
+    ("run.output={finished} data.train={bad}/reversed.txt data.root={toy}", "training_list is '"),
+    ("run.output={bad}/other", "last.pt is no checkpoint of a run, which could resume from it"),
     ("run.device=tpu", "run.device 'tpu' is unknown"),
     ("run.precision=fp16", "run.precision=fp16 needs a GPU"),
 ]
@@ -486,6 +501,7 @@ FINETUNE = [
     ("finetune.init={bad}/text.pt", "text.pt: this is not a readable checkpoint: it is of another"),
     ("finetune.init={bad}/cut.pt", "cut.pt: this is not a readable checkpoint"),
     ("finetune.init={bad}/code.pt", "code.pt: this is not a readable checkpoint"),
+    ("finetune.init={bad}/vit.pt", "vit.pt does not fit this model"),
     ("finetune.init={finished}/last.pt 'model.pretrained_clip=[4, 32]'",
      "model.pretrained_clip is [4, 32], but"),
     ("finetune.init={finished}/last.pt model.width=64", "model.width is 64, the checkpoint's 32"),
@@ -528,7 +544,7 @@ def test_bad_input_is_refused(
         main, arguments, culprit, toy, bad, finished, tmp_path, monkeypatch, nothing_changes):
     """In this process, since starting one takes longer. Python prints what SystemExit says."""
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(arguments.format(bad=bad, finished=finished))
+    words = shlex.split(arguments.format(bad=bad, finished=finished, toy=toy))
     usual = [*TINY, *toy_lists(toy), "run.output=run", "finetune.init=scratch"]
     monkeypatch.setattr(sys, "argv", ["", *usual, *words])
     with pytest.raises(SystemExit) as refusal:

@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
@@ -677,6 +678,25 @@ def test_finetuning_writes_results(reference):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 10))
     assert [line["step"] for line in lines if "top1" in line] == [3, 6, 9]
     assert len(lines) == 12
+
+
+@pytest.mark.slow
+def test_other_starting_weights_or_videos_are_another_run(reference, lists, tmp_path):
+    """Their results are not those of the finished run in this folder, which stays as it was."""
+    output, arguments, *_ = reference
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    train = Path(lists[0].removeprefix("data.train="))
+    shutil.copy(train.with_name("classes.txt"), tmp_path)
+    as_many_videos = tmp_path / "train.txt"
+    as_many_videos.write_text("\n".join(reversed(train.read_text().splitlines())))
+
+    for words, reason in (
+            (["finetune.init=scratch"], "finetune.init is 'scratch', was "),
+            ([f"data.train={as_many_videos}", f"data.root={train.parent}"], "training_list is ")):
+        _, _, err = finetune(output, *arguments, *words, status=1)
+        assert "holds a run of another configuration" in err
+        assert reason in err
+        assert {path: path.read_bytes() for path in output.iterdir()} == before
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Videos and lists that are easily read wrong: each is read right, or refused by name."""
 
+import errno
 import os
 import random
 import re
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import train_pretrain
 from conftest import Script, pretrain, toy_lists
 from data import UnreadableVideo, UserError, read_annotations, read_clips
 
@@ -1034,6 +1036,15 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(toy, tmp_path):
 def resident_megabytes():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+
+
+def test_a_file_system_without_locks_is_no_second_run(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(train_pretrain.fcntl, "lockf", lockf)
+    train_pretrain.lock_folder(tmp_path)
+    assert "the file system has no locks" in capsys.readouterr().err
 
 
 @pytest.mark.slow
