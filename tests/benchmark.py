@@ -332,6 +332,9 @@ def benchmark_step(options, config, device):
             name="ARVideo, predict_ratio 0.5", build=half_predicting_model))
     batch = batch_size(options, device)
     peaks = [peak_memory_alone(contender, config, batch, device) for contender in group]
+    for contender, peak in zip(group, peaks):
+        if peak is None:
+            raise UserError(f"{contender.name} does not fit at batch {batch}: set --batch lower")
     steps = [make_step(contender, config, batch, device) for contender in group]
     for step in steps:                                  # warm up and compile
         step()
@@ -359,9 +362,9 @@ def benchmark_step(options, config, device):
             row["clips/s"] = f"{batch / median:.1f}"
         row["fastest to slowest"] = f"{min(times) / median:.2f}-{max(times) / median:.2f}"
         row["of the matrix rate"] = f"{rate / rates[contender.precision]:.0%}"
-        row["peak GiB"] = in_gib(peak) if peak else "does not fit"
+        row["peak GiB"] = in_gib(peak)
         row["speed, ratio"] = f"{medians[0] / median:.2f}"
-        row["memory, ratio"] = f"{peaks[0] / peak:.2f}" if peak and peaks[0] else "-"
+        row["memory, ratio"] = f"{peaks[0] / peak:.2f}"
         rows.append(row)
     return f"batch {batch}, {options.rounds} rounds in turns", rows
 
@@ -716,12 +719,14 @@ def benchmark_decode(options, config, device):
 # --- Command: loader --------------------------------------------------------
 
 
-def loader_rate(videos, workers, rounds):
+def loader_rate(videos, workers, rounds, device):
     """Clips a second from data.load_batches, over ten micro-batches of 4 a round."""
+    # As in train_pretrain.Machine: a process that has started CUDA must not be forked
+    context = "forkserver" if device == "cuda" else None
     warm_up = 4                                         # micro-batches: the workers start
     order = data.training_order(len(videos), batch=4, first_step=0, end_step=warm_up + 10 * rounds,
                                 seed=0, rank=0, world_size=1)
-    batches = data.load_batches(videos, 4, order, workers, data.collate)
+    batches = data.load_batches(videos, 4, order, workers, data.collate, context=context)
     for _ in range(warm_up):
         next(batches)
     began = time.perf_counter()
@@ -750,7 +755,7 @@ def benchmark_loader(options, config, device):
         for path in (original, shrunk):
             videos = data.Videos([data.Entry(str(path), 0)] * 1000, choose, augment, seed=0)
             for workers in (1, 2):
-                rate = loader_rate(videos, workers, options.rounds)
+                rate = loader_rate(videos, workers, options.rounds, device)
                 rows.append({
                     "files": path.stem, "workers": workers, "clips/s": f"{rate:.1f}",
                     "clips/s of the step": f"{consumed:.2f}", "ratio": f"{rate / consumed:.1f}"})
@@ -910,6 +915,8 @@ def main():
                         help="rounds (default: 20 for decode, 60 for augment, where each is "
                         "a clip; of the others 10 on CUDA, else 3)")
     options = parser.parse_args()
+    if "RANK" in os.environ:
+        parser.error("run it without torchrun: it measures one process")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_decode = options.command == "decode"
     options.videos = options.words if is_decode else []

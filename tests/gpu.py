@@ -1,5 +1,5 @@
 """
-What only a GPU can prove, in under eight minutes on one of them.
+What only a GPU can prove, on one of them.
 
     python tests/gpu.py                     all checks on the GPU, at full size (ViT-B)
     python tests/gpu.py attention rates     some of them
@@ -7,7 +7,8 @@ What only a GPU can prove, in under eight minutes on one of them.
 
 Prints a table with a row for each check. The exit status is 1 if a check failed. Every
 check runs in a process of its own, which is ended if it takes too long. What each check
-proves, and within which tolerance, stands in its docstring. Needs Linux, but not pytest.
+proves, and within which tolerance, stands in its docstring. Needs Linux, but not pytest,
+and runs without torchrun.
 """
 
 import argparse
@@ -51,7 +52,7 @@ from train_pretrain import (
     make_optimizer, make_plan, micro_batch_rows, pretrain, wrap_model)
 
 # Seconds after which a check is ended, as one that hangs
-LIMIT = 180
+LIMIT = 400
 # A model that takes a step on a CPU in a moment
 TINY = ["toy", "model.width=32", "model.depth=2", "model.heads=2", "model.decoder_width=24",
         "model.decoder_depth=1", "model.decoder_heads=2"]
@@ -167,9 +168,10 @@ def read_log(output):
 def check_environment(setup):
     """The machine has what a training needs.
 
-    On a GPU: bf16, cuDNN, a C compiler for torch.compile, and memory. Everywhere: two
-    cores, for the training and a worker, and the shared memory through which workers hand
-    over their batches: two for each worker, as torch reads them ahead, of 128 clips.
+    On a GPU: bf16, cuDNN, a C compiler for torch.compile, and the memory that the other
+    checks need. Everywhere: two cores, for the training and a worker, and the shared memory
+    through which workers hand over their batches: two for each worker, as torch reads them
+    ahead, of 128 clips.
     """
     machine = Machine(setup.settings()["run"])
     cores = len(os.sched_getaffinity(0))
@@ -189,8 +191,11 @@ def check_environment(setup):
         require(shutil.which("cc") or shutil.which("gcc"), "torch.compile needs a C compiler")
         driver = Path("/proc/driver/nvidia/version")
         driver = driver.read_text().splitlines()[0] if driver.exists() else "unknown"
-        memory = torch.cuda.get_device_properties(0).total_memory
-        found += [f"{torch.cuda.get_device_name()}, {memory / 2**30:.0f} GiB", f"driver {driver}",
+        free, total = torch.cuda.mem_get_info()
+        free_and_total = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        # Fine-tuning with batches of 64, in check_memory, takes most
+        require(free >= 36 * 2**30, f"the GPU has {free_and_total}, but the checks need 36")
+        found += [f"{torch.cuda.get_device_name()}, {free_and_total}", f"driver {driver}",
                   f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
     return ", ".join([f"torch {torch.__version__}", *found])
 
@@ -305,9 +310,9 @@ def check_attention(setup):
     """Attention is right forward and backward in bf16 and fp16, for all lengths of the paper.
 
     Against fp32 maths from the same inputs: output and gradients of q, k and v differ by at
-    most 2e-2 of their largest value. Where this fails, the check tries again without cuDNN
-    and says whether that mends it. The table names the kernel that torch chooses, and
-    compares the times of cuDNN's and of the memory-efficient one.
+    most 2e-2 of their largest value in bf16, and 4e-3 in fp16. Where this fails, the check
+    tries again without cuDNN and says whether that mends it. The table names the kernel that
+    torch chooses, and compares the times of cuDNN's and of the memory-efficient one.
     """
     failures = []
     worst = 0.0
@@ -315,12 +320,12 @@ def check_attention(setup):
         if case.mask is not None:
             case = case._replace(mask=case.mask.to(setup.device))
         row = {"attention": case.name, "queries x keys": f"{case.queries} x {case.keys}"}
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
             name = str(dtype).removeprefix("torch.")
             error = attention_error(case, dtype, setup.device)
             row[f"error, {name}"] = f"{error:.1e}"
             worst = max(worst, error)
-            if not error <= 2e-2:
+            if not error <= limit:
                 torch.backends.cuda.enable_cudnn_sdp(False)
                 without = attention_error(case, dtype, setup.device)
                 torch.backends.cuda.enable_cudnn_sdp(True)
@@ -339,13 +344,13 @@ def check_attention(setup):
 # --- Numbers: parity, draws, fp16 -------------------------------------------
 
 # Of loss, gradient's norm and gradient
-PARITY = {"fp32": (1e-3, 1e-2, 1e-2), "bf16": (1e-2, 2e-2, 5e-2), "fp16": (1e-2, 2e-2, 5e-2)}
+PARITY = {"fp32": (5e-3, 1e-2, 1e-2), "bf16": (1e-2, 2e-2, 5e-2), "fp16": (1e-2, 2e-2, 5e-2)}
 
 
 def check_parity(setup):
     """The device computes the loss and gradient that the CPU does in fp32, attention written out.
 
-    In fp32 (TF32 on a GPU) the loss agrees to 1e-3, the gradient's norm to 1e-2 and the
+    In fp32 (TF32 on a GPU) the loss agrees to 5e-3, the gradient's norm to 1e-2 and the
     gradient, by the length of the difference, to 1e-2; in bf16 and fp16 to 1e-2, 2e-2 and
     5e-2. For both trainings, in eval mode, since drop path draws otherwise. fp16 on a GPU only.
     """
@@ -464,8 +469,8 @@ class RefuseReads(TorchDispatchMode):
 
 
 def check_synchronisation(setup):
-    """In both trainings nothing waits for the GPU between the first and the last micro-batch
-    of a step.
+    """In both trainings torch reports nothing that waits for the GPU between the first and the
+    last micro-batch of a step.
 
     The trainings are the real ones, with workers, two micro-batches a step, mixing and, on a
     GPU, compilation. From the third step on torch raises an error at anything that waits.
@@ -502,11 +507,12 @@ def check_synchronisation(setup):
 
 
 def check_compile(setup):
-    """Both models compile as one graph each; the loss agrees with the eager one to 1e-2.
+    """Both models compile as one graph each. They give the loss and gradient of the eager ones.
 
-    After a step forward and backward in training mode and a pass in evaluation mode, going
-    back and forth between them compiles nothing again. On the CPU graphs are traced, but
-    then run as they are: to compile them would take too long.
+    The loss agrees to 1e-2, the gradient, by the length of the difference, to 5e-2: both in
+    eval mode, since drop path draws otherwise. After one step of training and one validation,
+    going back and forth between them compiles nothing again. On the CPU graphs are traced,
+    but then run as they are: to compile them would take too long.
     """
     config = setup.settings(*SHALLOW, "finetune.drop_path=0.1")
     machine = setup.machine()
@@ -516,7 +522,7 @@ def check_compile(setup):
         inputs = [tensor.to(machine.device) for tensor in make_inputs(stage, config, batch=4)]
 
         def passes():
-            """A step of training, then the loss in evaluation."""
+            """Training, validation, and the loss and gradient in eval mode."""
             model.train()
             with machine.autocast():
                 loss = loss_of(model, inputs, machine.device)
@@ -524,18 +530,25 @@ def check_compile(setup):
             model.zero_grad()
             model.eval()
             with torch.no_grad(), machine.autocast():
-                return loss_of(model, inputs, machine.device).item()
+                loss_of(model, inputs, machine.device)
+            with machine.autocast():
+                loss = loss_of(model, inputs, machine.device)
+            loss.backward()
+            return loss.item(), gradient(model)
 
-        eager = passes()
+        eager_loss, eager_gradient = passes()
         model.compile(fullgraph=True)
         began = time.perf_counter()
-        compiled = passes()
+        compiled_loss, compiled_gradient = passes()
         seconds = time.perf_counter() - began
         with torch.compiler.set_stance("fail_on_recompile"):
             passes()
             passes()
-        off = require_close(f"{stage}: the compiled loss", compiled, eager, 1e-2)
-        found.append(f"{stage}: off by {off:.0e}, compiled in {seconds:.0f} s")
+        off = require_close(f"{stage}: the compiled loss", compiled_loss, eager_loss, 1e-2)
+        apart = distance(compiled_gradient, eager_gradient)
+        require(apart <= 5e-2, f"{stage}: the compiled gradient is off by {apart:.2g}")
+        found.append(f"{stage}: loss off by {off:.0e}, gradient by {apart:.0e}, compiled in "
+                     f"{seconds:.0f} s")
     return "; ".join(found)
 
 
@@ -935,6 +948,8 @@ def main():
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=", ".join(CHECKS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
+    if "RANK" in os.environ:
+        parser.error("run it without torchrun: it checks one GPU, by processes of its own")
     names = options.checks or list(CHECKS)
     for name in names:
         if name not in CHECKS:
