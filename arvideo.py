@@ -341,7 +341,7 @@ class Encoder(nn.Module):
 
     `pretrained_clip` is (frames, size) of the clips that the weights were pretrained on.
     The table of positions is made for those clips and interpolated to this encoder's
-    `frames` and `size`. (0, 0) stands for these themselves.
+    `frames` and `size`. (0, 0) means that the two do not differ.
     `checkpointing` computes activations again in the backward pass, which saves
     memory. Raises ValueError if `positions` is unknown, cubes do not fill the video or
     heads do not divide the width.
@@ -371,7 +371,7 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """From now on take clips of `frames` x `size` x `size`, with interpolated positions."""
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # Assigned to .data: a fork may have made positions a Parameter, which takes no plain tensor
+        # A fork may have made positions a Parameter. A plain tensor can replace its .data alone.
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 

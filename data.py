@@ -86,6 +86,7 @@ def has_suffix(path, suffixes):
 
 def is_loop(folder):
     """True for a link to a folder that holds it, which would be followed for ever."""
+    # The link's target holds the folder in which the link lies
     return folder.parent.resolve().is_relative_to(folder.resolve())
 
 
@@ -261,8 +262,9 @@ def read_class_names(path):
 def refuse_other_names(source, names, classes):
     """UserError if `names`, the content of classes.txt, are not the known `classes`.
 
-    `names` is None without classes.txt. Then the labels must not be mistaken for other numbers
-    that name the known classes, as class folders 0, 1, 10, 2 in alphabetical order may.
+    `names` is None without classes.txt. Then the known classes must not be numbers in another
+    order. With the class folders 0, 1, 10 and 2, in alphabetical order, class 2 is named "10":
+    a label 2 that means folder 2 would be taken for it.
     Fine-tuning calls the classes of a list without classes.txt "0", "1" and so on. These
     are no real names, and are not compared.
     """
@@ -505,8 +507,9 @@ def read_packets(container, stream):
     # Invalid data is a break as well. An error of the system, such as a disk's, comes through.
     with contextlib.suppress(av.error.InvalidDataError):
         for packet in container.demux(stream):
-            # A corrupt packet is a break, except before the first good one. What follows is read
-            # but not kept: if a disk's error has cut the packet short, that error comes next.
+            # After a corrupt packet, nothing is kept. Reading goes on all the same: if an error of
+            # the disk has cut the packet short, that error comes next. Corrupt packets before the
+            # first good one are skipped.
             if packet.is_corrupt and packets:
                 is_broken = True
             if packet.size and not packet.is_corrupt and not is_broken:
@@ -594,7 +597,8 @@ def packets_needed(packets, wanted):
     last_needed = {}                    # {key frame: the last packet that is needed from it on}
     for pts in wanted:
         end = number_of[pts]
-        # Search backwards. The first packet is a key frame and shown first, so there always is one.
+        # Go back over key frames that are shown after the wanted frame. This ends at the first
+        # packet at the latest, which is a key frame and shown first.
         start = key_frame_before[end]
         while packets[start].pts > pts:
             start = key_frame_before[start - 1]
@@ -634,7 +638,8 @@ def decode_all(decoder, packets):
     """Every frame, in the order of display.
 
     If the file breaks off, the last packet may be incomplete. Then it may fail to decode,
-    or its frame is damaged. Such a frame is left out, unless the stream has no timestamps.
+    or its frame is damaged. Such a frame is left out. In a stream without timestamps the last
+    frame cannot be told, and a damaged one comes out like all others.
     """
     last = packets[-1]
     for packet in [*packets, None]:                     # None drains the decoder
@@ -717,7 +722,8 @@ def orientation(frame):
 
     Three booleans, for three steps in this order. They follow from the display matrix of
     the frame's file, which takes a point (x, y) to (a x + c y, b x + d y). A turn that is
-    no multiple of 90 degrees is rounded to one.
+    no multiple of 90 degrees is rounded to one. For example, a phone held upright stores lying
+    frames and b = 1, c = -1: swap, then reverse the columns, turns them clockwise by 90 degrees.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -1016,6 +1022,7 @@ def warp(clip, matrix, box):
         place = row.clamp(0, H - 1) * W + column.clamp(0, W - 1)
         return place.masked_fill(outside, H * W).flatten()
 
+    # Of each pixel, the places of its left and right neighbour in two rows
     upper = places(row, column), places(row, column + 1)
     lower = places(row + 1, column), places(row + 1, column + 1)
 
@@ -1046,7 +1053,7 @@ def warp_matrix(name, level, sign, H, W):
     move = 0.45 * level * sign
     cosine = math.cos(math.radians(30 * level))
     sine = math.sin(math.radians(30 * level * sign))
-    # The middle of the frame stays where it is
+    # The last of three numbers keeps the middle of the frame, (W/2, H/2), where it is
     turned_x = (cosine, sine, (W - cosine * W - sine * H) / 2)
     turned_y = (-sine, cosine, (H + sine * W - cosine * H) / 2)
     matrices = {
@@ -1113,8 +1120,8 @@ def draw_operations(count, magnitude):
 def rand_augment(clip, operations, box):
     """The box of a uint8 clip [T, 3, H, W] after these operations, the same for all frames.
 
-    Recursive: the last operation asks the earlier ones for the pixels that it needs. If it
-    is pointwise, these are the pixels of the box, else the whole frame.
+    Recursive, from the last operation back: if it is pointwise, the earlier ones need to give
+    only the pixels of the box, else the whole frame.
     """
     if not operations:
         return tv.crop(clip, *box)
@@ -1321,9 +1328,9 @@ def start_loading(loader):
         # Before the server, multiprocessing starts Python's resource tracker, which unblocks
         # SIGTERM. So start the tracker now, before SIGTERM is blocked below.
         resource_tracker.ensure_running()
-    # The DataLoader starts the fork server. A SIGTERM that is sent to all processes of a run would
-    # kill it, so SIGTERM is blocked here: the server inherits the block and keeps it. A SIGTERM
-    # that reaches this process meanwhile is delivered when the block ends.
+    # A SIGTERM that is sent to all processes of a run would kill the fork server. So SIGTERM is
+    # blocked while the DataLoader starts it: the server inherits the block and keeps it. This
+    # process ends the block below, and then gets a SIGTERM that came meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         batches = iter(loader)
@@ -1364,9 +1371,10 @@ def load_batches(
 # --- The toy set: eight motions of a random texture -------------------------
 
 # The motion of each class from one frame to the next, before the random speed, as four numbers:
-# 1, 2  how far the window goes over the texture, right and down, in pixels of the texture. What is
-#       seen goes the other way: "left" is a window that goes right.
-# 3, 4  what is seen: its clockwise turn in radians, its growth as the logarithm of its size
+# 1, 2  how far the window goes over the texture, right and down, in pixels of the texture. The
+#       picture goes the other way: for "left" the window goes right.
+# 3, 4  how the picture turns, clockwise in radians, and grows, as the logarithm of its size. The
+#       window does the opposite.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
@@ -1399,7 +1407,7 @@ def toy_clip(motion, generator):
     # How far the motion has come in every frame
     window_right, window_down, turned, zoomed = (
         factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
-    angle = 2 * math.pi * turn - turned     # the window turns against what is seen
+    angle = 2 * math.pi * turn - turned     # of the window, which turns against the picture
     log_zoom = 0.9 * (zoom - 0.5) + zoomed
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of

@@ -187,10 +187,9 @@ def load_weights(model, path, classes):
         if key in content:
             origin = f"{path} after {key} {content[key]}"
 
-    # A classifier or probe of the same classes: take everything. A file that names no classes, such
-    # as VideoMAE's, is judged by the names and shapes of its tensors. If a training list gave no
-    # class names, they are "0", "1" and so on: two such lists count as the same classes if they
-    # have equally many.
+    # A classifier or probe of the same classes: take everything. If the file names no classes, as
+    # VideoMAE's, the names and shapes of the tensors decide. Classes of lists without names are
+    # called "0", "1" and so on, so equally many of them count as the same.
     own = model.state_dict()
     if (content.get("classes", classes) == classes and weights.keys() == own.keys()
             and all(weights[name].shape == own[name].shape for name in own)):
@@ -271,8 +270,8 @@ def evaluate(model, entries, config, machine, clips, crops):
     view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
     batch_size = max(1, view_limit // (clips * crops))
     groups = torch.arange(len(entries)).split(batch_size)[machine.rank::machine.world_size]
-    # load_batches cuts `order` into pieces of batch_size, which gives the groups again: only the
-    # very last group can be smaller, and it is at the end of the order of the process that has it
+    # load_batches cuts `order` into pieces of batch_size, which gives the groups again, since all
+    # but the last one are full
     order = [i for group in groups for i in group.tolist()]
     batches = data.load_batches(
         videos, batch_size, order, machine.workers,
@@ -560,9 +559,9 @@ def mix_videos(clips, labels, mixes, repeats):
     Every clip is mixed with one of another video, so B must be at least 2. The result is in
     another order, and its targets are [B R, classes].
     """
-    # The transforms mix each clip with the one before it, and the first with the last. So the
-    # first clips of all videos come first, then the second ones, and so on: neighbours are
-    # then never of one video.
+    # The transforms mix each clip with the one before it, and the first with the last. So bring
+    # them into this order: clip 1 of every video, then clip 2 of every video, and so on. Then
+    # neighbours are never of one video.
     clips = clips.unflatten(0, (-1, repeats)).transpose(0, 1).flatten(0, 1)
     labels = labels.unflatten(0, (-1, repeats)).T.flatten()
     mix = mixes[torch.randint(len(mixes), ()).item()]

@@ -54,9 +54,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Settings that may be "auto", which means what suits the machine, or a value of the type shown
-# here. These values are examples, not defaults. run.device and run.precision, in CHOICES, may be
-# "auto" as well.
+# Settings that may be "auto", which means what suits the machine, or a value of the same type as
+# the example here. (run.device and run.precision, in CHOICES, may be "auto" as well.)
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -180,7 +179,8 @@ def fill_in_names(config, presets, stage, init_is_given):
     run["output"] = run["output"] or f"runs/{'-'.join(names)}/{stage}"
 
     # Presets that set nothing but `finetune` are left out of the pretraining's name: `toy linear`
-    # begins from runs/toy/pretrain. If all presets are such, none is left out.
+    # begins from runs/toy/pretrain. If all presets are such, none is left out: `linear` alone
+    # begins from runs/linear/pretrain.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
@@ -222,9 +222,9 @@ def load_config(arguments, stage):
         section, dot, key = name.partition(".")
         if not dot:
             raise UserError(f"'{argument}' is not of the form section.key=value")
-        # Where the default is a text, the value stays a text, even run.output=2024. All else is
-        # read as YAML. So are the settings of AUTO: their default, "auto", is a text, but they
-        # may also be a number or a truth value.
+        # The value is read as YAML, which makes numbers, lists and truth values. Only where the
+        # default is a text, it stays a text, even run.output=2024. AUTO's settings are read as
+        # YAML, though "auto" is a text.
         is_text = isinstance(config.get(section, {}).get(key), str) and name not in AUTO
         if not is_text:
             # What is no YAML stays a text, and is refused below
@@ -288,10 +288,10 @@ def join_processes(device):
     """Join the other processes that torchrun has started."""
     # As init_process_group would do by itself, but the store is needed below
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # torchrun's store outlives a restart and still holds the addresses of the old processes. On
-    # a single machine, each restart uses a prefix of its own and so never reads them. Several
-    # machines may count their restarts differently, and would then look under different prefixes,
-    # so they use none. The README's troubleshooting says what to set instead.
+    # After a restart, torchrun's store still holds the addresses of the old processes. So that they
+    # are not read, each restart has a prefix of its own in the store. But several machines may
+    # count their restarts differently, and would then not find one another: they use no prefix.
+    # The README's troubleshooting says what to set instead.
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines == 1:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -619,9 +619,11 @@ class Log:
 
 # --- Training ---------------------------------------------------------------
 
-# What may differ when a run resumes: all of section run except the seed, all of the other stage's
-# section, and these keys of the sections data, model and of the run's own stage. data.train may
-# name the list by another path, but must list the same videos (see `training_list` below).
+# What may differ when a run resumes:
+# - section run, except the seed
+# - the section of the other stage
+# - of the sections data, model and of its own stage, these keys. data.train may name the list by
+#   another path, but must list the same videos: the scripts give fit their hash as training_list.
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "epochs", "picture_epochs",
     "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
@@ -716,8 +718,8 @@ class Training:
 
     def require_finite(self, loss, norm, lr):
         """Stop if the loss or the gradient is not finite; the last checkpoint stays good."""
-        # In fp16 an infinite norm now and then is normal: the scaler skips the update and halves
-        # its scale. Once the scale is down to 1, that no longer helps: the gradient itself is too
+        # In fp16 an infinite norm now and then is normal: the scaler has scaled the gradient up too
+        # far, skips the update and halves its scale. At a scale of 1 the gradient itself is too
         # large for fp16.
         scaler = self.machine.scaler
         can_recover = scaler.is_enabled() and scaler.get_scale() > 1
@@ -849,8 +851,8 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
         asked = time.perf_counter()
         batch = next(batches)
-        # A wait counts only if the GPU had run out of work when the wait ended: query() is true.
-        # Without CUDA every wait counts.
+        # A wait costs time only if the GPU has run out of work meanwhile: then query() is true.
+        # Without CUDA every wait does.
         is_busy = machine.device.type == "cuda" and not torch.cuda.current_stream().query()
         if not is_busy:
             waited += time.perf_counter() - asked
