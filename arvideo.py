@@ -371,7 +371,8 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """From now on take clips of `frames` x `size` x `size`, with interpolated positions."""
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # A fork may have made positions a Parameter. A plain tensor can replace its .data alone.
+        # If a fork has made positions a Parameter, a plain tensor cannot be assigned to it. It can
+        # to .data, in both cases.
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 
@@ -665,8 +666,8 @@ def pretrained_encoder(checkpoint, model_class=ARVideo, frames=None, size=None):
     to all others. `model_class` is the class that was trained. `frames` and `size`
     are those of the clips, by default those of pretraining.
     Raises ValueError if the checkpoint is not from pretraining, or cubes do not fill the clips.
-    Raises RuntimeError, naming the tensors, if the weights do not fit the encoder, for
-    example because `model_class` is another class than the one trained.
+    Raises RuntimeError, naming the tensors, if the weights do not fit the encoder, and
+    TypeError if `model_class` lacks an argument that the trained class had.
     """
     if "config" not in checkpoint or "classes" in checkpoint:
         raise ValueError("pretrained_encoder needs a checkpoint of train_pretrain.py; for a "

@@ -262,18 +262,18 @@ def read_class_names(path):
 def refuse_other_names(source, names, classes):
     """UserError if `names`, the content of classes.txt, are not the known `classes`.
 
-    `names` is None without classes.txt. Then the known classes must not be numbers in another
-    order. With the class folders 0, 1, 10 and 2, in alphabetical order, class 2 is named "10":
-    a label 2 that means folder 2 would be taken for it.
-    Fine-tuning calls the classes of a list without classes.txt "0", "1" and so on. These
-    are no real names, and are not compared.
+    Known classes that are "0", "1", "2" and so on come from a list without names. They are no
+    real names, and are not compared.
+    `names` is None without classes.txt. Then the known classes must not be other numbers.
+    For example, the class folders 0, 1, 10 and 2 stand in alphabetical order, so that class 2
+    is folder 10. A label 2 in the list probably means folder 2.
     """
     if not classes or classes == [str(i) for i in range(len(classes))]:
         return
     if not names:
         if all(name.isdecimal() for name in classes):
             raise UserError(f"{source}: its labels are numbers, but so are the names of the known "
-                            f"classes, and in another order: {', '.join(classes[:5])}. List all "
+                            f"classes, and not 0, 1, 2 ...: {', '.join(classes[:5])}. List all "
                             "videos in the same way, or put a classes.txt beside it")
         return
     for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
@@ -504,14 +504,16 @@ def read_packets(container, stream):
     """
     packets = []
     is_broken = False
-    # Invalid data is a break as well. An error of the system, such as a disk's, comes through.
+    # A break shows in one of two ways: PyAV finds invalid data, which ends the loop, or it gives a
+    # corrupt packet. Errors of the system, such as a disk's, are no break and come through.
     with contextlib.suppress(av.error.InvalidDataError):
         for packet in container.demux(stream):
-            # After a corrupt packet, nothing is kept. Reading goes on all the same: if an error of
-            # the disk has cut the packet short, that error comes next. Corrupt packets before the
-            # first good one are skipped.
+            # Corrupt packets at the start are skipped. After the first good one, a corrupt packet
+            # is the break, and nothing from it on is kept. Reading goes on all the same: if an
+            # error of the disk has cut the packet short, that error comes next.
             if packet.is_corrupt and packets:
                 is_broken = True
+            # The very last packet is empty
             if packet.size and not packet.is_corrupt and not is_broken:
                 packets.append(packet)
     # These decoders fail at frames before the first key frame, whose references are missing
@@ -584,9 +586,9 @@ def packets_needed(packets, wanted):
     """The set of numbers of the packets to decode for the wanted timestamps.
 
     Decoding goes from a key frame up to each wanted frame. It starts at the last key frame
-    that comes no later than the wanted frame, both in the file and on screen. The file alone
-    is not enough: in an open group of pictures, a frame may follow a key frame in the file,
-    be shown before it, and need frames from before it.
+    that comes no later than the wanted frame, both in the file and on screen. The order of
+    the file alone is not enough: in an open group of pictures, a frame may be stored after a
+    key frame but shown before it. It may then need frames that are stored before the key frame.
     """
     number_of = {}
     key_frame_before = []               # for each packet, the last key frame in the file up to it
@@ -594,7 +596,7 @@ def packets_needed(packets, wanted):
         number_of[packet.pts] = i
         key_frame_before.append(i if packet.is_keyframe else key_frame_before[-1])
 
-    last_needed = {}                    # {key frame: the last packet that is needed from it on}
+    last_needed = {}                    # {key frame to start at: the last packet to decode}
     for pts in wanted:
         end = number_of[pts]
         # Go back over key frames that are shown after the wanted frame. This ends at the first
@@ -638,8 +640,8 @@ def decode_all(decoder, packets):
     """Every frame, in the order of display.
 
     If the file breaks off, the last packet may be incomplete. Then it may fail to decode,
-    or its frame is damaged. Such a frame is left out. In a stream without timestamps the last
-    frame cannot be told, and a damaged one comes out like all others.
+    or its frame is damaged. Such a frame is left out. Without timestamps, the last packet's
+    frame cannot be recognised, and is yielded even if it is damaged.
     """
     last = packets[-1]
     for packet in [*packets, None]:                     # None drains the decoder
@@ -718,12 +720,13 @@ def decode_clips(container, stream, choose, convert):
 
 
 def orientation(frame):
-    """(swap rows with columns, reverse the rows, reverse the columns) to turn a frame upright.
+    """(transpose, flip vertically, flip horizontally) to turn a frame upright.
 
     Three booleans, for three steps in this order. They follow from the display matrix of
     the frame's file, which takes a point (x, y) to (a x + c y, b x + d y). A turn that is
-    no multiple of 90 degrees is rounded to one. For example, a phone held upright stores lying
-    frames and b = 1, c = -1: swap, then reverse the columns, turns them clockwise by 90 degrees.
+    no multiple of 90 degrees is rounded to one. For example, a phone held upright stores frames
+    that lie on their side, with b = 1 and c = -1. To transpose them and then flip them
+    horizontally is to turn them clockwise by 90 degrees.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -801,7 +804,7 @@ def read_image(path):
             if image.mode[0] in "IF":
                 raise ValueError("it has more than 8 bits for each colour")
             return tv.pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:         # SyntaxError: some broken PNGs
         raise UnreadableVideo(f"{path}: {error}") from None
 
 
@@ -919,9 +922,9 @@ RAND_AUGMENT = (
 POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
 
 # The operations below follow Pillow's, which timm and VideoMAE use, but warps are always bilinear
-# (VideoMAE's are bicubic). Pixels may differ from Pillow's even where its warps are bilinear too:
-# by one grey level where Pillow rounds an intermediate result, by more where a warp meets a
-# frame's border. The slow operations take one plane (a channel of a frame, [H, W]) or one frame at
+# (VideoMAE's are bicubic). Compared with Pillow's bilinear warps, pixels may still differ: by one
+# grey level where Pillow rounds an intermediate result, by more where a warp meets a frame's
+# border. The slow operations take one plane (a channel of a frame, [H, W]) or one frame at
 # a time: its floats and indices stay in the processor's cache. A box is (top, left, height, width).
 
 
@@ -998,9 +1001,10 @@ def sharpness(clip, factor):
 
 
 def warp(clip, matrix, box):
-    """The box of a warped clip: pixel (x, y) is taken from place matrix @ (x, y, 1).
+    """The pixels inside `box` of a warped clip.
 
-    Bilinear, and grey where this lies outside the clip.
+    Pixel (x, y) is taken from the place matrix @ (x, y, 1) of the clip: bilinear, and grey if
+    this lies outside.
     """
     H, W = clip.shape[-2:]
     top, left, height, width = box
@@ -1067,7 +1071,7 @@ def warp_matrix(name, level, sign, H, W):
 
 
 def augment_once(clip, name, level, sign, box):
-    """The box of a clip after one operation of RandAugment.
+    """The pixels inside `box` of a clip after one operation of RandAugment.
 
     `level` (0 to 1) is its strength, `sign` its direction.
     """
@@ -1118,10 +1122,11 @@ def draw_operations(count, magnitude):
 
 
 def rand_augment(clip, operations, box):
-    """The box of a uint8 clip [T, 3, H, W] after these operations, the same for all frames.
+    """The pixels inside `box` of a uint8 clip [T, 3, H, W] after these operations.
 
-    Recursive, from the last operation back: if it is pointwise, the earlier ones need to give
-    only the pixels of the box, else the whole frame.
+    The same for all frames. The result is that of all operations, then the crop, but for less
+    work: if the last operation is pointwise, the earlier ones need to give only the box. Else
+    they must give the whole frame. So this function calls itself for the earlier ones.
     """
     if not operations:
         return tv.crop(clip, *box)
@@ -1316,8 +1321,9 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # Registered here and not on import: from Python 3.13 on, multiprocessing clears such functions
-    # in each process that it forks. Unregistered first, so that it is registered once.
+    # Registered here and not on import: a training may run in a process that multiprocessing has
+    # forked, and from Python 3.13 on it clears what was registered before the fork. Unregistered
+    # first, so that it is registered once.
     atexit.unregister(kill_workers)
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
@@ -1325,8 +1331,8 @@ def start_loading(loader):
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # Before the server, multiprocessing starts Python's resource tracker, which unblocks
-        # SIGTERM. So start the tracker now, before SIGTERM is blocked below.
+        # To start the server is to start Python's resource tracker first, and that unblocks SIGTERM
+        # in this process. So start the tracker now, before SIGTERM is blocked below.
         resource_tracker.ensure_running()
     # A SIGTERM that is sent to all processes of a run would kill the fork server. So SIGTERM is
     # blocked while the DataLoader starts it: the server inherits the block and keeps it. This
@@ -1370,11 +1376,10 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# The motion of each class from one frame to the next, before the random speed, as four numbers:
-# 1, 2  how far the window goes over the texture, right and down, in pixels of the texture. The
-#       picture goes the other way: for "left" the window goes right.
-# 3, 4  how the picture turns, clockwise in radians, and grows, as the logarithm of its size. The
-#       window does the opposite.
+# The motion of each class from one frame to the next, before the random speed, as four numbers.
+# The window and the picture that is seen in it always move oppositely.
+# 1, 2  the window goes right and down, in pixels of the texture
+# 3, 4  the picture turns clockwise, in radians, and grows, as the logarithm of its size
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
@@ -1389,9 +1394,9 @@ TOY_ROOT = Path("data/toy")
 def toy_clip(motion, generator):
     """A window that moves steadily over a texture: uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3].
 
-    `motion` is the number of its class. Whatever its class, each clip draws at random
-    where the window is halfway through the clip, its angle and zoom there, and the
-    brightness. Before and after, only the class's own motion changes what is seen. So the
+    `motion` is the number of its class. Whatever its class, each clip has a random texture,
+    speed and brightness, and a random position, angle and zoom of the window at the middle
+    of the clip. Before and after, only the class's own motion changes what is seen. So the
     middle frames tell almost nothing of the class.
     """
     # A texture of three octaves
@@ -1414,9 +1419,10 @@ def toy_clip(motion, generator):
     # its 128 pixels is 2 / 128. The window shifts along its own axes, so the shift is rotated too.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([window_right, window_down], 1).unsqueeze(2) * 2 / 128
-    # At most 0.2 from the texture's centre, along each axis
-    middle = 0.4 * (torch.tensor([[x], [y]]) - 0.5)
-    centre = rotation @ shift + middle                  # [T, 2, 1]
+    # The window's centre at the middle of the clip: at most 0.2 from the texture's, along each axis
+    centre_halfway = 0.4 * (torch.tensor([[x], [y]]) - 0.5)
+    centre = rotation @ shift + centre_halfway          # [T, 2, 1]
+    # The window covers TOY_SIZE of the texture's 128 pixels, and fewer when the picture is larger
     matrix = rotation * torch.exp(-log_zoom).view(-1, 1, 1) * TOY_SIZE / 128
     shape = (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE)
     grid = F.affine_grid(torch.cat([matrix, centre], 2), shape, align_corners=False)

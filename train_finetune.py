@@ -467,7 +467,7 @@ def require_same_encoder(path, saved, settings):
 
 
 def set_pretrained_clip(path, saved, settings):
-    """Set model.pretrained_clip by the checkpoint, if it is [0, 0]. Returns lines to print.
+    """If model.pretrained_clip is set to [0, 0], take the checkpoint's. Returns lines to print.
 
     `saved` is the checkpoint's section `model`, empty if it is not ours.
     UserError if the settings and a checkpoint of ours say different things.

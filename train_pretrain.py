@@ -54,8 +54,8 @@ CHOICES = {
     "finetune.probe": ["none", "linear", "attentive"],
     "finetune.sampling": ["dense", "segments"],
 }
-# Settings that may be "auto", which means what suits the machine, or a value of the same type as
-# the example here. (run.device and run.precision, in CHOICES, may be "auto" as well.)
+# These settings are either "auto", for what suits the machine, or a value of the same type as the
+# example here. (run.device and run.precision, in CHOICES, may be "auto" as well.)
 AUTO = {"run.workers": 8, "run.compile": True}
 # All numbers must be 0 or greater. Those of POSITIVE must be greater than 0, and those of
 # BELOW_ONE less than 1.
@@ -182,6 +182,7 @@ def fill_in_names(config, presets, stage, init_is_given):
     # begins from runs/toy/pretrain. If all presets are such, none is left out: `linear` alone
     # begins from runs/linear/pretrain.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
+    # 1. and 3. are in finetune.init already
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
     if not finetune["init"]:
@@ -623,7 +624,7 @@ class Log:
 # - section run, except the seed
 # - the section of the other stage
 # - of the sections data, model and of its own stage, these keys. data.train may name the list by
-#   another path, but must list the same videos: the scripts give fit their hash as training_list.
+#   another path, but must list the same videos: fit() gets a hash of them as training_list.
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "epochs", "picture_epochs",
     "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
