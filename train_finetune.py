@@ -12,6 +12,7 @@ and predictions.csv to run.output; a test alone writes the last two.
 """
 
 import csv
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -227,8 +228,11 @@ def load_weights(model, path, classes):
 def finetuned_classifier(checkpoint):
     """For other programs: (model, class names) from a checkpoint that this script wrote.
 
-    model(video [B, 3, T, H, W]) gives logits [B, classes].
+    model(video [B, 3, T, H, W]) gives logits [B, classes]. ValueError for another checkpoint.
     """
+    if "classes" not in checkpoint:
+        raise ValueError("finetuned_classifier needs a checkpoint of train_finetune.py; for a "
+                         "pretraining's, use pretrained_encoder of arvideo.py")
     classes = checkpoint["classes"]
     model = build_model(checkpoint["config"], len(classes))
     model.load_state_dict(checkpoint["model"])
@@ -528,11 +532,33 @@ def adopt_settings(config, given):
     require_same_encoder(path, saved_model, settings)
     lines = set_pretrained_clip(path, saved_model, settings)
     if config["finetune"]["test_only"]:
+        output = Path(config["run"]["output"])
+        if Path(output, "last.pt").exists() and Path(path).resolve().parent != output.resolve():
+            raise UserError(f"{output} holds another run, whose results the test of {path} would "
+                            "overwrite: choose another run.output")
         if "head.weight" not in weights:
             raise UserError(f"finetune.test_only: {path} holds no classifier; set finetune.init")
         lines += take_test_settings(path, saved, config, given)
     # Only a test uses the class names. A run that trains takes those of data.train.
     return content.get("classes"), lines
+
+
+def hash_of_start(config):
+    """A hash of the weights in finetune.init; "scratch" for random ones.
+
+    If a run resumes and the file is gone, the hash in its last.pt; None if that has none.
+    """
+    init = config["finetune"]["init"]
+    if init == "scratch":
+        return init
+    if resumes(config) and not Path(init).exists():
+        return load_checkpoint(Path(config["run"]["output"], "last.pt")).get("starting_weights")
+    weights = weights_in(init, load_checkpoint(init))
+    content = hashlib.sha256()
+    for name in sorted(weights):
+        content.update(name.encode())
+        content.update(weights[name].flatten().view(torch.uint8).numpy())
+    return content.hexdigest()[:12]
 
 
 def begin(model, config, classes):
@@ -657,7 +683,8 @@ def train_classifier(config, machine, model, lists):
     scale = layer_decay(config["model"]["depth"], settings["layer_decay"])
     optimizer = make_optimizer(model, settings, machine.device, scale)
     return fit(config, "finetune", machine, model, videos, optimizer, loss_of, validate,
-               classes=lists.classes, training_list=data.hash_of_list(lists.train))
+               classes=lists.classes, training_list=data.hash_of_list(lists.train),
+               starting_weights=machine.from_first(hash_of_start, config))
 
 
 def print_scores(scores, output):

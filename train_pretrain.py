@@ -247,7 +247,8 @@ def run_command(stage, train):
     try:
         if "--help" in arguments or "-h" in arguments:
             config = read_settings(CONFIG)
-            print(f"usage: python train_{stage}.py [PRESET ...] [section.key=value ...] [--show]\n")
+            print(f"usage: python train_{stage}.py [PRESET ...] [section.key=value ...] [--show]\n"
+                  "without a preset: toy\n")
             for section, values in config.items():
                 print(f"{section}: {', '.join(values)}")
             print(f"\nEvery setting is explained in {CONFIG.name}; --show prints their values.")
@@ -424,7 +425,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(config, stage, video_count, world_size):
-    """The Plan of section `stage`. UserError if the processes or videos do not fit the batch."""
+    """The Plan of section `stage`.
+
+    UserError if the processes or videos do not fit the batch, or the warm-up not the epochs.
+    """
     settings = config[stage]
     batch = settings["batch"]
     if batch % world_size:
@@ -432,6 +436,10 @@ def make_plan(config, stage, video_count, world_size):
     if batch > video_count:
         raise UserError(f"{stage}.batch={batch} is more than the {video_count} videos of "
                         "data.train")
+    if settings["warmup_epochs"] > settings["epochs"]:
+        raise UserError(f"{stage}.warmup_epochs={settings['warmup_epochs']} is more than "
+                        f"{stage}.epochs={settings['epochs']}: the learning rate would never "
+                        "reach its peak")
     share = batch // world_size
     limit = min(share, config["run"]["max_batch"] or share)
     micro_batch = max(n for n in range(1, limit + 1) if share % n == 0)
@@ -623,11 +631,15 @@ class Log:
 # What may differ when a run resumes:
 # - section run, except the seed
 # - the section of the other stage
-# - of the sections data, model and of its own stage, these keys. data.train may name the list by
-#   another path, but must list the same videos: fit() gets a hash of them as training_list.
+# - of the sections data, model and of its own stage, these keys
 MAY_CHANGE = {
-    "root", "train", "val", "test", "max_unreadable", "checkpointing", "epochs", "picture_epochs",
-    "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
+    "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
+    "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
+# data.train and finetune.init may change their paths, but not what they name. fit() gets hashes of
+# it under these keys, and says this if they differ.
+HASHES = {
+    "training_list": "data.train lists other videos, or in another order or with other labels",
+    "starting_weights": "finetune.init holds other weights"}
 
 
 class Training:
@@ -693,7 +705,7 @@ class Training:
             for key, value in self.config[section].items():
                 if key not in MAY_CHANGE and key in saved[section]:
                     pairs[f"{section}.{key}"] = (value, saved[section][key])
-        differing = [f"{name} is {now!r:.80}, was {before!r:.80}"
+        differing = [HASHES.get(name, f"{name} is {now!r:.80}, was {before!r:.80}")
                      for name, (now, before) in pairs.items() if now != before]
         if differing:
             raise UserError(f"{self.path.parent} holds a run of another configuration: "

@@ -487,7 +487,9 @@ PRETRAIN = [
     # The run of another configuration, and the machine
     ("run.output={finished} pretrain.lr=1.0", "pretrain.lr is 1.0, was 0.006"),
     ("run.output={finished} data.train={bad}/fewer.txt", "videos is 8, was 24"),
-    ("run.output={finished} data.train={bad}/reversed.txt data.root={toy}", "training_list is '"),
+    ("run.output={finished} data.train={bad}/reversed.txt data.root={toy}",
+     "data.train lists other videos, or in another order"),
+    ("pretrain.warmup_epochs=3", "pretrain.warmup_epochs=3 is more than pretrain.epochs=2"),
     ("run.output={bad}/other", "last.pt is no checkpoint of a run, which could resume from it"),
     ("run.device=tpu", "run.device 'tpu' is unknown"),
     ("run.precision=fp16", "run.precision=fp16 needs a GPU"),

@@ -681,7 +681,8 @@ def test_finetuning_writes_results(reference):
 
 
 @pytest.mark.slow
-def test_other_starting_weights_or_videos_are_another_run(reference, lists, tmp_path):
+def test_other_starting_weights_or_videos_are_another_run(
+        reference, lists, pretrained, tmp_path):
     """Their results are not those of the finished run in this folder, which stays as it was."""
     output, arguments, *_ = reference
     before = {path: path.read_bytes() for path in output.iterdir()}
@@ -690,13 +691,26 @@ def test_other_starting_weights_or_videos_are_another_run(reference, lists, tmp_
     as_many_videos = tmp_path / "train.txt"
     as_many_videos.write_text("\n".join(reversed(train.read_text().splitlines())))
 
+    # A checkpoint of the same model after more training
+    longer = tmp_path / "longer.pt"
+    content = torch.load(pretrained[0], weights_only=True)
+    content["model"] = {name: tensor + 1 for name, tensor in content["model"].items()}
+    torch.save(content, longer)
+
     for words, reason in (
-            (["finetune.init=scratch"], "finetune.init is 'scratch', was "),
-            ([f"data.train={as_many_videos}", f"data.root={train.parent}"], "training_list is ")):
+            (["finetune.init=scratch"], "finetune.init holds other weights"),
+            ([f"finetune.init={longer}"], "finetune.init holds other weights"),
+            ([f"data.train={as_many_videos}", f"data.root={train.parent}"],
+             "data.train lists other videos")):
         _, _, err = finetune(output, *arguments, *words, status=1)
         assert "holds a run of another configuration" in err
         assert reason in err
         assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+    _, _, err = finetune(output, *arguments, "finetune.test_only=true",
+                         f"finetune.init={pretrained[0]}", status=1)
+    assert "holds another run, whose results the test of" in err
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
 
 
 @pytest.mark.slow
