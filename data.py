@@ -32,6 +32,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 from fractions import Fraction
 from functools import cache, partial
 from itertools import dropwhile, zip_longest
@@ -1307,10 +1308,21 @@ def training_order(size, batch, first_step, end_step, seed, rank, world_size):
 # --- Worker processes -------------------------------------------------------
 
 
-def ignore_signals(_):
-    """For workers: the process that started them decides when they end."""
+def end_with(process):
+    """End this worker once the process that it works for has ended, however that ended."""
+    wait([process.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def begin_worker(_):
+    """For workers: the process that they work for decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # If that process is killed, torch ends those workers that it has forked itself. The parent of
+    # the others is the fork server, which lives as long as one of them does.
+    process = multiprocessing.parent_process()
+    if process.pid != os.getppid():
+        threading.Thread(target=end_with, args=(process,), daemon=True).start()
 
 
 def kill_workers():
@@ -1359,7 +1371,7 @@ def load_batches(
     """
     batches, own = start_loading(DataLoader(
         dataset, batch_size, sampler=order, num_workers=workers, collate_fn=join,
-        pin_memory=pin_memory, worker_init_fn=ignore_signals,
+        pin_memory=pin_memory, worker_init_fn=begin_worker,
         multiprocessing_context=context if workers else None))
     try:
         yield from batches

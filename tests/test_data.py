@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -759,6 +760,51 @@ def test_a_fork_server_outlives_the_sigterm_that_a_cluster_sends_to_all(tmp_path
     script = tmp_path / "script.py"
     script.write_text(SERVER_OUTLIVES_SIGTERM)
     subprocess.run([sys.executable, script], check=True, timeout=120)
+
+
+TWO_WORKERS = """
+import multiprocessing, sys, time
+from multiprocessing import forkserver
+
+import data
+
+if __name__ == "__main__":
+    batches = data.load_batches(range(999), 2, range(999), 2, context=sys.argv[1])
+    next(batches)
+    processes = [worker.pid for worker in multiprocessing.active_children()]
+    if sys.argv[1] == "forkserver":
+        processes.append(forkserver._forkserver._forkserver_pid)
+    print(*processes, flush=True)
+    time.sleep(999)
+"""
+
+
+def has_ended(pid):
+    """It does not exist, or is a zombie, which nobody has asked for its exit status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_a_killed_training_leaves_no_process_behind(tmp_path, context):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_WORKERS)
+    command = [sys.executable, script, context]
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    processes = training.stdout.readline().split()
+    assert len(processes) == (3 if context == "forkserver" else 2)
+    assert not any(map(has_ended, processes))
+    training.kill()
+    training.wait()
+    training.stdout.close()
+    deadline = time.monotonic() + 60
+    while not all(map(has_ended, processes)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def kill_this_process(_):
