@@ -371,8 +371,8 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """From now on take clips of `frames` x `size` x `size`, with interpolated positions."""
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # If a fork has made positions a Parameter, a plain tensor cannot be assigned to it. It can
-        # to .data, in both cases.
+        # If a fork has made positions a Parameter, a plain tensor cannot be assigned to it.
+        # Assigning to .data works in both cases.
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 

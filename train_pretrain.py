@@ -635,8 +635,8 @@ class Log:
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
-# data.train and finetune.init may change their paths, but not what they name. fit() gets hashes of
-# it under these keys, and says this if they differ.
+# data.train and finetune.init may be other paths, but must name the same content. Under these keys
+# fit() gets hashes of that content. Beside them stands what is said if it differs.
 HASHES = {
     "training_list": "data.train lists other videos, or in another order or with other labels",
     "starting_weights": "finetune.init holds other weights"}
@@ -694,8 +694,8 @@ class Training:
         """UserError if must_match, the seed or a setting not in MAY_CHANGE is not as saved."""
         needed = {"config", "optimizer", "step"}
         if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-            raise UserError(f"{self.path} is no checkpoint of a run, which could resume from it: "
-                            "choose another run.output")
+            raise UserError(f"{self.path} is not a checkpoint that a run can resume from: choose "
+                            "another run.output")
         # An older checkpoint lacks what was added since, here and below
         pairs = {name: (value, checkpoint[name]) for name, value in self.must_match.items()
                  if name in checkpoint}

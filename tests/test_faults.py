@@ -490,7 +490,7 @@ PRETRAIN = [
     ("run.output={finished} data.train={bad}/reversed.txt data.root={toy}",
      "data.train lists other videos, or in another order"),
     ("pretrain.warmup_epochs=3", "pretrain.warmup_epochs=3 is more than pretrain.epochs=2"),
-    ("run.output={bad}/other", "last.pt is no checkpoint of a run, which could resume from it"),
+    ("run.output={bad}/other", "last.pt is not a checkpoint that a run can resume from"),
     ("run.device=tpu", "run.device 'tpu' is unknown"),
     ("run.precision=fp16", "run.precision=fp16 needs a GPU"),
 ]
