@@ -58,7 +58,6 @@ VIDEO_SUFFIXES = {
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
-GREY_SHARES = torch.tensor([0.299, 0.587, 0.114])        # of red, green and blue
 
 
 class UserError(Exception):
@@ -265,17 +264,17 @@ def refuse_other_names(source, names, classes):
 
     Known classes that are "0", "1", "2" and so on come from a list without names. They are no
     real names, and are not compared.
-    `names` is None without classes.txt. Then the known classes must not be other numbers.
-    For example, the class folders 0, 1, 10 and 2 stand in alphabetical order, so that class 2
-    is folder 10. A label 2 in the list probably means folder 2.
+    Without classes.txt `names` is None. Then known classes that are named by numbers are
+    refused, unless each is named by its own number. For example, class folders are sorted as
+    0, 1, 10, 2. So class number 2 is the folder 10, and a label 2 in the list would mean it.
     """
     if not classes or classes == [str(i) for i in range(len(classes))]:
         return
     if not names:
         if all(name.isdecimal() for name in classes):
-            raise UserError(f"{source}: its labels are numbers, but so are the names of the known "
-                            f"classes, and not 0, 1, 2 ...: {', '.join(classes[:5])}. List all "
-                            "videos in the same way, or put a classes.txt beside it")
+            raise UserError(f"{source}: its labels are class numbers, but the known classes are "
+                            f"named by other numbers than their own: {', '.join(classes[:5])}. "
+                            "List all videos in the same way, or put a classes.txt beside it")
         return
     for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
         if name != known:
@@ -510,8 +509,8 @@ def read_packets(container, stream):
     with contextlib.suppress(av.error.InvalidDataError):
         for packet in container.demux(stream):
             # Corrupt packets at the start are skipped. After the first good one, a corrupt packet
-            # is the break, and nothing from it on is kept. Reading goes on all the same: if an
-            # error of the disk has cut the packet short, that error comes next.
+            # is the break, and nothing from it on is kept. The loop goes on only for errors of the
+            # disk: such an error can cut a packet short, and is raised by the next read.
             if packet.is_corrupt and packets:
                 is_broken = True
             # The very last packet is empty
@@ -737,8 +736,7 @@ def orientation(frame):
         return False, False, False
     if abs(a * d) > abs(b * c):         # nearer to 0 or 180 degrees than to 90 or 270
         return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
-    # (x, y) becomes (c y, b x): the new column comes from the old row y, with the sign of c, and
-    # the new row from the old column x, with the sign of b
+    # (x, y) becomes (c y, b x): transposed, rows then run backwards if b < 0, and columns if c < 0
     return True, b < 0, c < 0
 
 
@@ -919,101 +917,80 @@ def spatial_views(clip, size, crops):
 RAND_AUGMENT = (
     "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize add",
     "saturation", "contrast", "brightness", "sharpness", "shear x", "shear y", "move x", "move y")
-# Of these, those whose result at a pixel depends on that pixel alone
-POINTWISE = ("invert", "posterize", "solarize", "solarize add", "saturation", "brightness")
-
-# The operations below follow Pillow's, which timm and VideoMAE use, but warps are always bilinear
-# (VideoMAE's are bicubic). Compared with Pillow's bilinear warps, pixels may still differ: by one
-# grey level where Pillow rounds an intermediate result, by more where a warp meets a frame's
-# border. The slow operations take one plane (a channel of a frame, [H, W]) or one frame at
-# a time: its floats and indices stay in the processor's cache. A box is (top, left, height, width).
 
 
-def look_up(clip, tables):
-    """Replace every value v by table[v], with its decimals cut off and within 0 to 255.
+def autocontrast(frame):
+    """Stretch the values of each colour of a frame uint8 [3, H, W], so that they go from 0 to 255.
 
-    `tables` is [256], [T, 1, 256] or [T, 3, 256]: one table, one for each frame, or one for
-    each plane.
+    torchvision's own often ends at 254. A plane of a single value stays as it is.
     """
-    tables = tables.clamp(0, 255).byte().expand(*clip.shape[:2], 256)
-    result = torch.empty(clip.shape, dtype=torch.uint8)
-    for plane, new, table in zip(
-            clip.flatten(0, 1), result.flatten(0, 1), tables.flatten(0, 1)):
-        new.copy_(table.index_select(0, plane.flatten().int()).view_as(plane))
-    return result
+    low = frame.amin((1, 2), keepdim=True)                      # [3, 1, 1]
+    span = frame.amax((1, 2), keepdim=True) - low
+    is_plain = span == 0
+    low = low.masked_fill(is_plain, 0)
+    span = span.masked_fill(is_plain, 255)
+    return ((frame - low) * 255.0 / span).byte()
 
 
-def autocontrast_tables(clip):
-    """[T, 3, 256]: they stretch a plane's values so that these reach from 0 to 255."""
-    values = torch.arange(256)
-    # Double precision, as Pillow
-    low = clip.amin((2, 3)).double()[..., None]                 # [T, 3, 1]
-    high = clip.amax((2, 3)).double()[..., None]
-    stretch = 255 / (high - low)        # infinite, but not used, where high equals low
-    return torch.where(high > low, values * stretch - low * stretch, values)
+def change_colours(frame, name, level, sign):
+    """One operation of RandAugment that is no warp, of a frame uint8 [3, H, W].
+
+    `level` (0 to 1) is its strength, `sign` its direction.
+    """
+    factor = max(0.1, 1 + 0.9 * level * sign)
+    if name == "autocontrast":
+        return autocontrast(frame)
+    if name == "equalize":
+        return tv.equalize(frame)
+    if name == "invert":
+        return tv.invert(frame)
+    if name == "posterize":
+        return tv.posterize(frame, bits=4 - int(4 * level))
+    if name == "solarize":
+        # As int16, since the limit of a weak solarize, 256, is no uint8
+        return torch.where(frame.short() < 256 - int(256 * level), frame, 255 - frame)
+    if name == "solarize add":
+        return frame + (frame < 128).byte() * int(110 * level)
+    if name == "saturation":
+        return tv.adjust_saturation(frame, factor)
+    if name == "contrast":
+        return tv.adjust_contrast(frame, factor)
+    if name == "brightness":
+        return tv.adjust_brightness(frame, factor)
+    return tv.adjust_sharpness(frame, factor)
 
 
-def equalize_tables(clip):
-    """[T, 3, 256]: they make a plane's histogram as flat as a table can."""
-    tables = []
-    for plane in clip.flatten(0, 1):
-        histogram = torch.bincount(plane.flatten(), minlength=256)
-        darker = histogram.cumsum(0) - histogram                # pixels below each value
-        # As Pillow: the result grows by one with every `step` darker pixels. For `step`, the pixels
-        # of the plane's brightest value are not counted. Adding step // 2 rounds.
-        brightest = histogram[plane.max().int()]
-        step = (plane.numel() - brightest) // 255
-        tables.append((step // 2 + darker) // step if step > 0 else torch.arange(256))
-    return torch.stack(tables).unflatten(0, clip.shape[:2])
+def warp_matrix(name, level, sign, H, W):
+    """The matrix of one operation of RandAugment, or None if it is no warp."""
+    slope = 0.3 * level * sign
+    move = 0.45 * level * sign
+    cosine = math.cos(math.radians(30 * level))
+    sine = math.sin(math.radians(30 * level * sign))
+    # The last of three numbers keeps the middle of the frame, (W/2, H/2), where it is
+    turned_x = (cosine, sine, (W - cosine * W - sine * H) / 2)
+    turned_y = (-sine, cosine, (H + sine * W - cosine * H) / 2)
+    matrices = {
+        "rotate": (turned_x, turned_y),
+        "shear x": ((1, slope, 0), (0, 1, 0)),
+        "shear y": ((1, 0, 0), (slope, 1, 0)),
+        "move x": ((1, 0, -move * W), (0, 1, 0)),
+        "move y": ((1, 0, 0), (0, 1, -move * H)),
+    }
+    return matrices.get(name)
 
 
-def contrast_tables(clip, factor):
-    """[T, 1, 256]: they move values away from the mean grey of a frame, or towards it."""
-    means = clip.flatten(2).float().mean(2)                     # [T, 3]
-    grey = (means @ GREY_SHARES + 0.5).floor()[:, None, None]   # [T, 1, 1]
-    return torch.lerp(grey, torch.arange(256.0), factor)
+def warp(clip, matrix):
+    """A warped clip: pixel (x, y) is taken from the place matrix @ (x, y, 1) of the old one.
 
-
-def saturation(clip, factor):
-    """Move pixels away from their own grey, or towards it."""
-    result = torch.empty_like(clip)
-    for frame, new in zip(clip, result):
-        colours = frame.flatten(1).float()                      # [3, H W]
-        grey = (GREY_SHARES @ colours).round()                  # [H W]
-        changed = torch.lerp(grey.expand_as(colours), colours, factor)
-        # From float to uint8 it is three times faster by way of int16, here and below
-        new.copy_(changed.clamp_(0, 255).short().view_as(frame))
-    return result
-
-
-def sharpness(clip, factor):
-    """Move pixels away from a blurred frame, or towards it; those at the edges stay."""
-    result = clip.clone()
-    for plane, new in zip(clip.flatten(0, 1), result.flatten(0, 1)):
-        values = plane.short()
-        rows = values[:-2] + values[1:-1] + values[2:]
-        squares = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]    # sums of 3 x 3 pixels
-        middle = values[1:-1, 1:-1]
-        # Pillow's filter has the weight 5 in the middle, and 1 for the 8 neighbours
-        blurred = ((squares + 4 * middle) / 13).round()
-        changed = torch.lerp(blurred, middle.float(), factor)
-        new[1:-1, 1:-1] = changed.clamp_(0, 255).short()
-    return result
-
-
-def warp(clip, matrix, box):
-    """The pixels inside `box` of a warped clip.
-
-    Pixel (x, y) is taken from the place matrix @ (x, y, 1) of the clip: bilinear, and grey if
-    this lies outside.
+    Bilinear, and grey if that place lies outside. torchvision's affine() gives the same, but
+    takes twice the time: it converts the whole clip to floats, which leave the cache.
     """
     H, W = clip.shape[-2:]
-    top, left, height, width = box
     # A pixel's middle lies at a half
-    x = torch.arange(left, left + width) + 0.5
-    y = torch.arange(top, top + height)[:, None] + 0.5
+    x = torch.arange(W) + 0.5
+    y = torch.arange(H)[:, None] + 0.5
     (a, b, c), (d, e, f) = matrix
-    from_x = a * x + b * y + c                                  # [height, width]
+    from_x = a * x + b * y + c                                  # [H, W]
     from_y = d * x + e * y + f
     outside = (from_x < 0) | (from_x >= W) | (from_y < 0) | (from_y >= H)
     column = (from_x - 0.5).floor().int()
@@ -1042,66 +1019,16 @@ def warp(clip, matrix, box):
             value = value.lerp(pixels.index_select(0, right).float(), to_right)
         return value
 
-    result = torch.empty(*clip.shape[:2], height, width, dtype=torch.uint8)
+    # One plane (a channel of a frame, [H, W]) at a time
+    result = torch.empty_like(clip)
     for plane, new in zip(clip.flatten(0, 1), result.flatten(0, 1)):
         pixels = F.pad(plane.flatten(), (0, 1), value=128)      # the grey pixel
         value = along_row(pixels, *upper)
         if along_y:
             value = value.lerp(along_row(pixels, *lower), down)
+        # From float to uint8 it is three times faster by way of int16
         new.copy_(value.short().view_as(new))
     return result
-
-
-def warp_matrix(name, level, sign, H, W):
-    """The matrix of one operation of RandAugment, or None if it is no warp."""
-    slope = 0.3 * level * sign
-    move = 0.45 * level * sign
-    cosine = math.cos(math.radians(30 * level))
-    sine = math.sin(math.radians(30 * level * sign))
-    # The last of three numbers keeps the middle of the frame, (W/2, H/2), where it is
-    turned_x = (cosine, sine, (W - cosine * W - sine * H) / 2)
-    turned_y = (-sine, cosine, (H + sine * W - cosine * H) / 2)
-    matrices = {
-        "rotate": (turned_x, turned_y),
-        "shear x": ((1, slope, 0), (0, 1, 0)),
-        "shear y": ((1, 0, 0), (slope, 1, 0)),
-        "move x": ((1, 0, -move * W), (0, 1, 0)),
-        "move y": ((1, 0, 0), (0, 1, -move * H)),
-    }
-    return matrices.get(name)
-
-
-def augment_once(clip, name, level, sign, box):
-    """The pixels inside `box` of a clip after one operation of RandAugment.
-
-    `level` (0 to 1) is its strength, `sign` its direction.
-    """
-    clip = clip.contiguous()
-    matrix = warp_matrix(name, level, sign, *clip.shape[-2:])
-    if matrix:
-        return warp(clip, matrix, box)
-    part = tv.crop(clip, *box)
-    values = torch.arange(256)
-    factor = max(0.1, 1 + 0.9 * level * sign)
-    if name == "autocontrast":
-        return look_up(part, autocontrast_tables(clip))
-    if name == "equalize":
-        return look_up(part, equalize_tables(clip))
-    if name == "invert":
-        return tv.invert(part)
-    if name == "posterize":
-        return tv.posterize(part, bits=4 - int(4 * level))
-    if name == "solarize":
-        return look_up(part, torch.where(values < 256 - int(256 * level), values, 255 - values))
-    if name == "solarize add":
-        return look_up(part, torch.where(values < 128, values + int(110 * level), values))
-    if name == "saturation":
-        return saturation(part, factor)
-    if name == "contrast":
-        return look_up(part, contrast_tables(clip, factor))
-    if name == "brightness":
-        return look_up(part, values * factor)
-    return tv.crop(sharpness(clip, factor), *box)
 
 
 def draw_operations(count, magnitude):
@@ -1122,23 +1049,22 @@ def draw_operations(count, magnitude):
     return kept
 
 
-def rand_augment(clip, operations, box):
-    """The pixels inside `box` of a uint8 clip [T, 3, H, W] after these operations.
+def rand_augment(clip, operations):
+    """A uint8 clip [T, 3, H, W] after these operations, the same for all its frames.
 
-    The same for all frames. The result is that of all operations, then the crop, but for less
-    work: if the last operation is pointwise, the earlier ones need to give only the box. Else
-    they must give the whole frame. So this function calls itself for the earlier ones.
+    The results are Pillow's, which timm and VideoMAE use, but warps are always bilinear
+    (VideoMAE's are bicubic). Pixels may differ from Pillow's: by one grey level where
+    Pillow rounds an intermediate result, by more where a warp meets a frame's border.
     """
-    if not operations:
-        return tv.crop(clip, *box)
-    *earlier, (name, level, sign) = operations
-    if name in POINTWISE:
-        part = rand_augment(clip, earlier, box)
-        whole_part = (0, 0, *part.shape[-2:])
-        return augment_once(part, name, level, sign, whole_part)
-    whole_frame = (0, 0, *clip.shape[-2:])
-    clip = rand_augment(clip, earlier, whole_frame)
-    return augment_once(clip, name, level, sign, box)
+    clip = clip.contiguous()
+    for name, level, sign in operations:
+        matrix = warp_matrix(name, level, sign, *clip.shape[-2:])
+        if matrix:
+            clip = warp(clip, matrix)
+        else:
+            # Frame by frame is faster than all at once: a frame's floats stay in the cache
+            clip = torch.stack([change_colours(frame, name, level, sign) for frame in clip])
+    return clip
 
 
 def random_erasing(clip, probability):
@@ -1165,9 +1091,10 @@ def finetuning_clip(clip, size, flip, crop_area, rand_augment_strength, erase):
     """
     operations = draw_operations(*rand_augment_strength)
     crop = RandomResizedCrop(size, scale=crop_area, ratio=(3 / 4, 4 / 3))
-    drawn = crop.make_params([clip])
-    box = (drawn["top"], drawn["left"], drawn["height"], drawn["width"])
-    clip = tv.resize(rand_augment(clip, operations, box), [size, size], antialias=True)
+    box = crop.make_params([clip])
+    clip = tv.resized_crop(
+        rand_augment(clip, operations), box["top"], box["left"], box["height"], box["width"],
+        [size, size], antialias=True)
     if flip:
         clip = random_flip(clip)
     return random_erasing(clip, erase)
@@ -1318,8 +1245,9 @@ def begin_worker(_):
     """For workers: the process that they work for decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # If that process is killed, torch ends those workers that it has forked itself. The parent of
-    # the others is the fork server, which lives as long as one of them does.
+    # torch ends a worker when the worker's parent has ended. But under "forkserver" the parent is
+    # the fork server, which lives as long as its workers do. So there a thread watches the process
+    # that the worker works for.
     process = multiprocessing.parent_process()
     if process.pid != os.getppid():
         threading.Thread(target=end_with, args=(process,), daemon=True).start()
@@ -1333,9 +1261,9 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # Registered here and not on import: a training may run in a process that multiprocessing has
-    # forked, and from Python 3.13 on it clears what was registered before the fork. Unregistered
-    # first, so that it is registered once.
+    # Registered here and not on import: in a process that multiprocessing has forked, Python 3.13
+    # and later forget what was registered before the fork. Unregistered first, so that it is
+    # registered once.
     atexit.unregister(kill_workers)
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
@@ -1343,8 +1271,9 @@ def start_loading(loader):
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # To start the server is to start Python's resource tracker first, and that unblocks SIGTERM
-        # in this process. So start the tracker now, before SIGTERM is blocked below.
+        # Below, SIGTERM is blocked while the server starts. Starting the server starts Python's
+        # resource tracker too, if it does not run yet, and that would end the block. So start the
+        # tracker now.
         resource_tracker.ensure_running()
     # A SIGTERM that is sent to all processes of a run would kill the fork server. So SIGTERM is
     # blocked while the DataLoader starts it: the server inherits the block and keeps it. This
@@ -1388,10 +1317,11 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# The motion of each class from one frame to the next, before the random speed, as four numbers.
-# The window and the picture that is seen in it always move oppositely.
-# 1, 2  the window goes right and down, in pixels of the texture
-# 3, 4  the picture turns clockwise, in radians, and grows, as the logarithm of its size
+# The motion of each class from one frame to the next, before the random speed, as four numbers. A
+# class is named for what the picture does that is seen in the window.
+# 1, 2  how far the window goes right and down, in pixels of the texture: the picture then goes
+#       left and up
+# 3, 4  how far the picture turns clockwise, in radians, and grows, as the logarithm of its size
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
@@ -1520,8 +1450,8 @@ def collect_reasons(function, jobs, workers):
 def unreadable_reason(path):
     """None, or why the video is unreadable.
 
-    A file that breaks off is readable if what comes before the break decodes. But a stream
-    without timestamps is not, if a damaged frame comes at the break.
+    A file that breaks off is readable if what comes before the break decodes. There is one
+    exception: without timestamps, a damaged frame at the break makes it unreadable.
     """
     try:
         if os.path.isdir(path):
@@ -1648,12 +1578,11 @@ def shrink(source, target, short_side, key_frames, workers):
     """
     source = Path(source).expanduser().resolve()
     target = Path(target).expanduser().resolve()
-    if target == source or target in source.parents:
-        raise UserError(f"{target} holds {source}: choose another folder to write to")
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise UserError(f"{source} and {target}: one holds the other, so videos would stand in it "
+                        "twice; choose another folder to write to")
     jobs = {}
     for path in videos_below(source):
-        if target in path.parents:
-            continue
         # If the source is a folder of images, it is itself the only video
         name = path.relative_to(source) if path != source else Path(source.name)
         goal = target / name.with_name(stem_of(name) + ".mp4")

@@ -546,7 +546,8 @@ def adopt_settings(config, given):
 def hash_of_start(config):
     """A hash of the weights in finetune.init; "scratch" for random ones.
 
-    If a run resumes and the file is gone, the hash in its last.pt; None if that has none.
+    If a run resumes and the file finetune.init is gone, this is the hash saved in the run's
+    last.pt, or None if none was saved there.
     """
     init = config["finetune"]["init"]
     if init == "scratch":

@@ -635,8 +635,9 @@ class Log:
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
-# data.train and finetune.init may be other paths, but must name the same content. Under these keys
-# fit() gets hashes of that content. Beside them stands what is said if it differs.
+# data.train and finetune.init may be other paths, but must name the same content. So both scripts
+# pass hashes of that content to fit(), as keyword arguments of these names. The texts here are the
+# messages for a hash that differs.
 HASHES = {
     "training_list": "data.train lists other videos, or in another order or with other labels",
     "starting_weights": "finetune.init holds other weights"}
@@ -864,8 +865,8 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
         asked = time.perf_counter()
         batch = next(batches)
-        # A wait costs time only if the GPU has run out of work meanwhile: then query() is true.
-        # Without CUDA every wait does.
+        # Waiting for data costs no time while the GPU still has work, which is when query() is
+        # False. Without CUDA every wait counts.
         is_busy = machine.device.type == "cuda" and not torch.cuda.current_stream().query()
         if not is_busy:
             waited += time.perf_counter() - asked

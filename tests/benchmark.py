@@ -766,9 +766,9 @@ def benchmark_loader(options, config, device):
 
 
 def pillow_operation(image, name, level, sign):
-    """data.augment_once of one frame, by Pillow, as timm calls it.
+    """One operation of data.rand_augment, of one frame, by Pillow, as timm calls it.
 
-    The sign is that of data.augment_once; timm turns and moves the other way at a sign.
+    The sign is that of data.rand_augment; timm turns and moves the other way at a sign.
     """
     factor = max(0.1, 1 + 0.9 * level * sign)
     slope = 0.3 * level * sign
