@@ -339,9 +339,9 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """A plain ViT over cubes, with VideoMAE's parameter names.
 
-    `pretrained_clip` is (frames, size) of the clips that the weights were pretrained on.
-    The table of positions is made for those clips and interpolated to this encoder's
-    `frames` and `size`. (0, 0) means that the two do not differ.
+    `pretrained_clip` is (frames, size) of the clips that the weights were pretrained on,
+    or (0, 0) if these are the encoder's own `frames` and `size`. The table of positions is
+    made for clips of pretraining and interpolated to the encoder's own.
     `checkpointing` computes activations again in the backward pass, which saves
     memory. Raises ValueError if `positions` is unknown, cubes do not fill the video or
     heads do not divide the width.
@@ -537,8 +537,8 @@ class ARVideo(nn.Module):
         M, K = clusters.shape
         if not 1 <= predict_after < M:
             raise ValueError(
-                f"predict_after {predict_after} is out of range: it counts the first places, "
-                f"which are not predicted, at least 1 and fewer than all {M}")
+                f"predict_after {predict_after} is out of range: it is the number of places at "
+                f"the start that are not predicted, from 1 to {M - 1}")
         self.predict_after = predict_after
         self.visible_count = count_share(K, 1 - mask_ratio)             # V
         self.predicted_count = count_share(K, predict_ratio)            # R

@@ -262,19 +262,19 @@ def read_class_names(path):
 def refuse_other_names(source, names, classes):
     """UserError if `names`, the content of classes.txt, are not the known `classes`.
 
-    Known classes that are "0", "1", "2" and so on come from a list without names. They are no
-    real names, and are not compared.
-    Without classes.txt `names` is None. Then known classes that are named by numbers are
-    refused, unless each is named by its own number. For example, class folders are sorted as
-    0, 1, 10, 2. So class number 2 is the folder 10, and a label 2 in the list would mean it.
+    `names` is None without classes.txt.
     """
+    # Classes of a list without names are called "0", "1", "2" and so on. These are no real names.
     if not classes or classes == [str(i) for i in range(len(classes))]:
         return
     if not names:
+        # Class folders 0 to 10 are sorted as 0, 1, 10, 2: folder 10 is class number 2. A list that
+        # says 2 probably means folder 2.
+        misnamed = [i for i, name in enumerate(classes) if name != str(i)]
         if all(name.isdecimal() for name in classes):
-            raise UserError(f"{source}: its labels are class numbers, but the known classes are "
-                            f"named by other numbers than their own: {', '.join(classes[:5])}. "
-                            "List all videos in the same way, or put a classes.txt beside it")
+            raise UserError(f"{source}: the known classes have numbers as names, so that a label "
+                            f"{misnamed[0]} would mean the class '{classes[misnamed[0]]}'. List "
+                            "all videos in the same way, or put a classes.txt beside it")
         return
     for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
         if name != known:
@@ -509,8 +509,8 @@ def read_packets(container, stream):
     with contextlib.suppress(av.error.InvalidDataError):
         for packet in container.demux(stream):
             # Corrupt packets at the start are skipped. After the first good one, a corrupt packet
-            # is the break, and nothing from it on is kept. The loop goes on only for errors of the
-            # disk: such an error can cut a packet short, and is raised by the next read.
+            # is the break, and nothing from it on is kept. Still the loop reads on: if the packet
+            # is corrupt because the disk failed, the next read raises the disk's error.
             if packet.is_corrupt and packets:
                 is_broken = True
             # The very last packet is empty
@@ -527,7 +527,7 @@ def read_packets(container, stream):
 
 
 def holds_idr(packet, is_mpegts):
-    """True if an H.264 packet holds an IDR picture: one that depends on no other.
+    """True if an H.264 packet holds an IDR picture, where decoding can always start.
 
     Before each unit (NAL unit) of the packet, MPEG-TS has a start code and MP4 the unit's
     length. The low five bits of a unit's first byte are its type.
@@ -720,7 +720,7 @@ def decode_clips(container, stream, choose, convert):
 
 
 def orientation(frame):
-    """(transpose, flip vertically, flip horizontally) to turn a frame upright.
+    """(transpose, flip vertically, flip horizontally): what turns a frame upright.
 
     Three booleans, for three steps in this order. They follow from the display matrix of
     the frame's file, which takes a point (x, y) to (a x + c y, b x + d y). A turn that is
@@ -736,7 +736,7 @@ def orientation(frame):
         return False, False, False
     if abs(a * d) > abs(b * c):         # nearer to 0 or 180 degrees than to 90 or 270
         return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
-    # (x, y) becomes (c y, b x): transposed, rows then run backwards if b < 0, and columns if c < 0
+    # (x, y) becomes (c y, b x): after the transpose, a negative b flips vertically, c horizontally
     return True, b < 0, c < 0
 
 
@@ -754,12 +754,12 @@ def assemble(clips, frames):
         strides = (plane.line_size, 3, 1)
         pixels[frame_id] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(shape, strides)
 
-    swap, flip_rows, flip_columns = orientation(first)
-    flipped = [dim for dim, flip in ((1, flip_rows), (2, flip_columns)) if flip]
+    transpose, flip_vertically, flip_horizontally = orientation(first)
+    flipped = [dim for dim, flip in ((1, flip_vertically), (2, flip_horizontally)) if flip]
     tensors = []
     for clip in clips:
         tensor = torch.stack([pixels[frame_id] for frame_id in clip])
-        tensor = tensor.transpose(1, 2) if swap else tensor
+        tensor = tensor.transpose(1, 2) if transpose else tensor
         tensors.append(tensor.flip(flipped) if flipped else tensor)
     return tensors
 
@@ -982,8 +982,8 @@ def warp_matrix(name, level, sign, H, W):
 def warp(clip, matrix):
     """A warped clip: pixel (x, y) is taken from the place matrix @ (x, y, 1) of the old one.
 
-    Bilinear, and grey if that place lies outside. torchvision's affine() gives the same, but
-    takes twice the time: it converts the whole clip to floats, which leave the cache.
+    Bilinear, and grey if that place lies outside. torchvision's affine() took 1.2 to 3 times
+    as long.
     """
     H, W = clip.shape[-2:]
     # A pixel's middle lies at a half
@@ -1000,11 +1000,12 @@ def warp(clip, matrix):
     down = (from_y - 0.5 - row).flatten()
 
     def places(row, column):
-        """Indices into a flattened plane with one grey pixel appended, which has the index H W."""
+        """Indices into a flattened plane. A grey pixel is appended to it, at index H * W."""
         place = row.clamp(0, H - 1) * W + column.clamp(0, W - 1)
         return place.masked_fill(outside, H * W).flatten()
 
-    # Of each pixel, the places of its left and right neighbour in two rows
+    # For each new pixel, the four old pixels around the point that it comes from: upper left and
+    # right, lower left and right
     upper = places(row, column), places(row, column + 1)
     lower = places(row + 1, column), places(row + 1, column + 1)
 
@@ -1254,15 +1255,15 @@ def begin_worker(_):
 
 
 def kill_workers():
-    """At exit: Python would wait for its children, and ours ignore SIGTERM."""
+    """At exit: Python sends SIGTERM to its children and waits for them. Ours ignore SIGTERM."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # Registered here and not on import: in a process that multiprocessing has forked, Python 3.13
-    # and later forget what was registered before the fork. Unregistered first, so that it is
+    # Registered here and not on import: if multiprocessing has forked this process, Python 3.13 and
+    # later have forgotten what was registered before the fork. Unregistered first, so that it is
     # registered once.
     atexit.unregister(kill_workers)
     atexit.register(kill_workers)
@@ -1271,9 +1272,8 @@ def start_loading(loader):
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # Below, SIGTERM is blocked while the server starts. Starting the server starts Python's
-        # resource tracker too, if it does not run yet, and that would end the block. So start the
-        # tracker now.
+        # Below, SIGTERM is blocked while the server starts. To start the server, Python would start
+        # its resource tracker, and unblocks SIGTERM after that. So start the tracker now.
         resource_tracker.ensure_running()
     # A SIGTERM that is sent to all processes of a run would kill the fork server. So SIGTERM is
     # blocked while the DataLoader starts it: the server inherits the block and keeps it. This
@@ -1317,11 +1317,11 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# The motion of each class from one frame to the next, before the random speed, as four numbers. A
-# class is named for what the picture does that is seen in the window.
-# 1, 2  how far the window goes right and down, in pixels of the texture: the picture then goes
+# The motion of each class from one frame to the next, before the random speed, as four numbers.
+# Classes are named for the motion that one sees.
+# 1, 2  how far the window goes right and down, in pixels of the texture: one sees the texture go
 #       left and up
-# 3, 4  how far the picture turns clockwise, in radians, and grows, as the logarithm of its size
+# 3, 4  how far the texture turns clockwise, in radians, and grows, as the logarithm of its size
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
@@ -1354,17 +1354,18 @@ def toy_clip(motion, generator):
     # How far the motion has come in every frame
     window_right, window_down, turned, zoomed = (
         factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
-    angle = 2 * math.pi * turn - turned     # of the window, which turns against the picture
+    angle = 2 * math.pi * turn - turned     # of the window: opposite to the texture's
     log_zoom = 0.9 * (zoom - 0.5) + zoomed
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
     # its 128 pixels is 2 / 128. The window shifts along its own axes, so the shift is rotated too.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([window_right, window_down], 1).unsqueeze(2) * 2 / 128
-    # The window's centre at the middle of the clip: at most 0.2 from the texture's, along each axis
+    # Halfway through the clip, the window's centre is at most 0.2 from the texture's centre, along
+    # each axis
     centre_halfway = 0.4 * (torch.tensor([[x], [y]]) - 0.5)
     centre = rotation @ shift + centre_halfway          # [T, 2, 1]
-    # The window covers TOY_SIZE of the texture's 128 pixels, and fewer when the picture is larger
+    # The window covers TOY_SIZE of the texture's 128 pixels, and fewer when the texture has grown
     matrix = rotation * torch.exp(-log_zoom).view(-1, 1, 1) * TOY_SIZE / 128
     shape = (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE)
     grid = F.affine_grid(torch.cat([matrix, centre], 2), shape, align_corners=False)

@@ -189,8 +189,8 @@ def load_weights(model, path, classes):
             origin = f"{path} after {key} {content[key]}"
 
     # A classifier or probe of the same classes: take everything. If the file names no classes, as
-    # VideoMAE's, the names and shapes of the tensors decide. Classes of lists without names are
-    # called "0", "1" and so on, so equally many of them count as the same.
+    # VideoMAE's, the names and shapes of the tensors decide. Lists without class names have the
+    # classes "0", "1" and so on: two such lists have the same classes if they have equally many.
     own = model.state_dict()
     if (content.get("classes", classes) == classes and weights.keys() == own.keys()
             and all(weights[name].shape == own[name].shape for name in own)):
@@ -572,7 +572,8 @@ def begin(model, config, classes):
     sentence, complete = load_weights(model, path, classes)
     if config["finetune"]["test_only"] and not complete:
         raise UserError(f"finetune.test_only: {path} holds no classifier of these classes with "
-                        f"finetune.probe={config['finetune']['probe']}; set finetune.init")
+                        f"finetune.probe={config['finetune']['probe']}; set finetune.init, "
+                        "or finetune.probe as in its training")
     return sentence
 
 
