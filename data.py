@@ -85,8 +85,7 @@ def has_suffix(path, suffixes):
 
 
 def is_loop(folder):
-    """True for a link to a folder that holds it, which would be followed for ever."""
-    # The link's target holds the folder in which the link lies
+    """True if `folder` is a link to a folder above it, so that os.walk would never end."""
     return folder.parent.resolve().is_relative_to(folder.resolve())
 
 
@@ -268,10 +267,11 @@ def refuse_other_names(source, names, classes):
     if not classes or classes == [str(i) for i in range(len(classes))]:
         return
     if not names:
-        # Class folders 0 to 10 are sorted as 0, 1, 10, 2: folder 10 is class number 2. A list that
-        # says 2 probably means folder 2.
-        misnamed = [i for i, name in enumerate(classes) if name != str(i)]
+        # Without classes.txt, labels are taken for the numbers of the known classes. But folders
+        # that are named by numbers are sorted as 0, 1, 10, 2: folder 10 is class number 2. If a
+        # list then says 2, it probably means folder 2.
         if all(name.isdecimal() for name in classes):
+            misnamed = [i for i, name in enumerate(classes) if name != str(i)]
             raise UserError(f"{source}: the known classes have numbers as names, so that a label "
                             f"{misnamed[0]} would mean the class '{classes[misnamed[0]]}'. List "
                             "all videos in the same way, or put a classes.txt beside it")
@@ -736,7 +736,8 @@ def orientation(frame):
         return False, False, False
     if abs(a * d) > abs(b * c):         # nearer to 0 or 180 degrees than to 90 or 270
         return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
-    # (x, y) becomes (c y, b x): after the transpose, a negative b flips vertically, c horizontally
+    # (x, y) becomes (c y, b x). The transpose makes it (y, x). Then c scales the new x, the
+    # horizontal one, and b the new y.
     return True, b < 0, c < 0
 
 
@@ -847,7 +848,10 @@ def segment_clips(count, frames, clips=1):
 
 
 def dense_views(count, frames, stride, clips):
-    """`clips` windows, evenly from the first possible start to the last; one: in the middle."""
+    """`clips` windows. Their starts lie evenly, from the first possible one to the last.
+
+    A single window lies in the middle.
+    """
     last = last_start(count, frames, stride)
     if clips == 1:
         return [window(last // 2, frames, stride)]
@@ -983,7 +987,7 @@ def warp(clip, matrix):
     """A warped clip: pixel (x, y) is taken from the place matrix @ (x, y, 1) of the old one.
 
     Bilinear, and grey if that place lies outside. torchvision's affine() took 1.2 to 3 times
-    as long.
+    as long. The clip must be contiguous.
     """
     H, W = clip.shape[-2:]
     # A pixel's middle lies at a half
@@ -1020,7 +1024,8 @@ def warp(clip, matrix):
             value = value.lerp(pixels.index_select(0, right).float(), to_right)
         return value
 
-    # One plane (a channel of a frame, [H, W]) at a time
+    # One plane (a channel of a frame, [H, W]) at a time. flatten() makes views, so that what is
+    # written into `new` lands in `result`.
     result = torch.empty_like(clip)
     for plane, new in zip(clip.flatten(0, 1), result.flatten(0, 1)):
         pixels = F.pad(plane.flatten(), (0, 1), value=128)      # the grey pixel
@@ -1057,7 +1062,7 @@ def rand_augment(clip, operations):
     (VideoMAE's are bicubic). Pixels may differ from Pillow's: by one grey level where
     Pillow rounds an intermediate result, by more where a warp meets a frame's border.
     """
-    clip = clip.contiguous()
+    clip = clip.contiguous()            # as warp needs it
     for name, level, sign in operations:
         matrix = warp_matrix(name, level, sign, *clip.shape[-2:])
         if matrix:
@@ -1076,8 +1081,9 @@ def random_erasing(clip, probability):
     box = RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)).make_params([clip])
     if box["v"] is None:
         return clip
-    # torchvision's own noise would be the same in all frames. VideoMAE's is standard noise after
-    # normalising, so here it gets ImageNet's mean and deviation.
+    # torchvision's own noise would be the same in all frames. VideoMAE erases normalised clips by
+    # standard normal noise. This clip is normalised later, so the noise gets ImageNet's mean and
+    # deviation.
     noise = torch.randn(len(clip), 3, box["h"], box["w"])
     # The two statistics are [3, 1, 1] here
     noise = noise * IMAGENET_STD[:, 0] + IMAGENET_MEAN[:, 0]
@@ -1262,27 +1268,29 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # Registered here and not on import: if multiprocessing has forked this process, Python 3.13 and
-    # later have forgotten what was registered before the fork. Unregistered first, so that it is
-    # registered once.
+    # kill_workers is registered here and not on import, since a process that multiprocessing itself
+    # has forked loses what was registered before the fork (Python 3.13 and later). It is
+    # unregistered first, so that it is registered once.
     atexit.unregister(kill_workers)
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
+
+    # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
+    # inherits which signals are blocked. So this process blocks SIGTERM while the DataLoader starts
+    # the server. If one comes meanwhile, it is delivered when SIGTERM is unblocked.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # Below, SIGTERM is blocked while the server starts. To start the server, Python would start
-        # its resource tracker, and unblocks SIGTERM after that. So start the tracker now.
+        # The server needs Python's resource tracker, and starting that unblocks SIGTERM. So it is
+        # started before the block.
         resource_tracker.ensure_running()
-    # A SIGTERM that is sent to all processes of a run would kill the fork server. So SIGTERM is
-    # blocked while the DataLoader starts it: the server inherits the block and keeps it. This
-    # process ends the block below, and then gets a SIGTERM that came meanwhile.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
     # When a worker dies, torch's handler would raise in whatever line is running. So it is
     # removed, and load_batches asks whether a worker has ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -1317,15 +1325,13 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# The motion of each class from one frame to the next, before the random speed, as four numbers.
-# Classes are named for the motion that one sees.
-# 1, 2  how far the window goes right and down, in pixels of the texture: one sees the texture go
-#       left and up
-# 3, 4  how far the texture turns clockwise, in radians, and grows, as the logarithm of its size
+# How the window moves from one frame to the next, before the random speed: right and down (pixels
+# of the texture), clockwise (radians), and growing (the logarithm of its size). A class is named
+# for what one sees in the window, which is the opposite motion.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
-    "clockwise": (0, 0, 0.10, 0), "anticlockwise": (0, 0, -0.10, 0),
-    "growing": (0, 0, 0, 0.04), "shrinking": (0, 0, 0, -0.04)}
+    "clockwise": (0, 0, -0.10, 0), "anticlockwise": (0, 0, 0.10, 0),
+    "growing": (0, 0, 0, -0.04), "shrinking": (0, 0, 0, 0.04)}
 TOY_CLASSES = tuple(TOY_MOTIONS)
 TOY_FRAMES = 12
 TOY_SIZE = 40
@@ -1351,22 +1357,21 @@ def toy_clip(motion, generator):
 
     # Each frame's distance from the middle of the clip, in frames, times the speed (0.75 to 1.25)
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
-    # How far the motion has come in every frame
-    window_right, window_down, turned, zoomed = (
-        factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
-    angle = 2 * math.pi * turn - turned     # of the window: opposite to the texture's
-    log_zoom = 0.9 * (zoom - 0.5) + zoomed
+    # How far the window's motion has come in every frame
+    right, down, turned, grown = (factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
+    angle = 2 * math.pi * turn + turned
+    log_size = 0.9 * (0.5 - zoom) + grown
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
     # its 128 pixels is 2 / 128. The window shifts along its own axes, so the shift is rotated too.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    shift = torch.stack([window_right, window_down], 1).unsqueeze(2) * 2 / 128
+    shift = torch.stack([right, down], 1).unsqueeze(2) * 2 / 128
     # Halfway through the clip, the window's centre is at most 0.2 from the texture's centre, along
     # each axis
     centre_halfway = 0.4 * (torch.tensor([[x], [y]]) - 0.5)
     centre = rotation @ shift + centre_halfway          # [T, 2, 1]
-    # The window covers TOY_SIZE of the texture's 128 pixels, and fewer when the texture has grown
-    matrix = rotation * torch.exp(-log_zoom).view(-1, 1, 1) * TOY_SIZE / 128
+    # At a log_size of 0 the window covers TOY_SIZE of the texture's 128 pixels
+    matrix = rotation * torch.exp(log_size).view(-1, 1, 1) * TOY_SIZE / 128
     shape = (TOY_FRAMES, 1, TOY_SIZE, TOY_SIZE)
     grid = F.affine_grid(torch.cat([matrix, centre], 2), shape, align_corners=False)
     frames = F.grid_sample(texture.expand(TOY_FRAMES, 3, -1, -1), grid,
@@ -1508,7 +1513,7 @@ def add_shrunk_stream(writer, frame, is_turned, stream, short_side, key_frames):
     # Without a B-pyramid no frame refers to a B-frame, so decode_indexed can skip unwanted ones
     options = {"crf": "23", "g": str(key_frames), "tune": "fastdecode",
                "x264-params": "b-pyramid=none"}
-    # The frames written are not RGB, whatever the source's were
+    # What is written is YUV, so the tag of an RGB source must not be copied
     colorspace = UNSPECIFIED if frame.colorspace == RGB else frame.colorspace
     rate = stream.average_rate if stream else None
     output = writer.add_stream(

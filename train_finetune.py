@@ -473,7 +473,8 @@ def require_same_encoder(path, saved, settings):
 def set_pretrained_clip(path, saved, settings):
     """If model.pretrained_clip is set to [0, 0], take the checkpoint's. Returns lines to print.
 
-    `saved` is the checkpoint's section `model`, empty if it is not ours.
+    `saved` is the checkpoint's section `model`, empty if it is not ours. Then VIDEOMAE_CLIP is
+    taken.
     UserError if the settings and a checkpoint of ours say different things.
     """
     asked = settings["pretrained_clip"]
@@ -485,7 +486,7 @@ def set_pretrained_clip(path, saved, settings):
         return [f"  assumed    {path} was pretrained on clips of {frames} frames, {size} x "
                 f"{size}, as VideoMAE's are; model.pretrained_clip sets others"]
     known = saved.get("pretrained_clip", [0, 0])
-    if not any(known):                      # it was pretrained on clips of its model's size
+    if not any(known):          # [0, 0]: on clips of the checkpoint's own frames and size
         known = [saved["frames"], saved["size"]]
     if any(asked) and asked != known:
         raise UserError(f"model.pretrained_clip is {asked}, but {path} was pretrained with {known}")
@@ -726,8 +727,8 @@ def finetune(config, given=frozenset()):
         origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before'}"
 
     # The test on several views takes the last weights, as VideoMAE's does, and not best.pt. With
-    # test_only it takes those in finetune.init. The folder is made first: if it cannot be, no test
-    # is lost.
+    # test_only it takes those in finetune.init. The folder is made before the test: if that fails,
+    # no results are lost.
     if machine.is_first:
         output.mkdir(parents=True, exist_ok=True)
     clips = settings["test_clips"]

@@ -635,9 +635,9 @@ class Log:
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
-# data.train and finetune.init may be other paths, but must name the same content. So both scripts
-# pass hashes of that content to fit(), as keyword arguments of these names. The texts here are the
-# messages for a hash that differs.
+# data.train and finetune.init may be other paths, but must name the same content. So fit() gets a
+# hash of that content, as a keyword argument of the name here. The text is the message for a hash
+# that differs.
 HASHES = {
     "training_list": "data.train lists other videos, or in another order or with other labels",
     "starting_weights": "finetune.init holds other weights"}
