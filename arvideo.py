@@ -615,7 +615,8 @@ class ARVideo(nn.Module):
         """The values to predict [B, N, 3, P], before normalisation. Here they are the cubes.
 
         A subclass overrides this method for another target, which it may take from `video`.
-        For another shape than (3, P), override target_shape() too, and for pictures reconstruct().
+        If its shape is not (3, P), override target_shape() too, and reconstruct() if there are to
+        be pictures.
         """
         return cubes
 

@@ -271,10 +271,12 @@ def refuse_other_names(source, names, classes):
         # that are named by numbers are sorted as 0, 1, 10, 2: folder 10 is class number 2. If a
         # list then says 2, it probably means folder 2.
         if all(name.isdecimal() for name in classes):
+            # Some are, since the classes 0, 1, 2 ... have returned above
             misnamed = [i for i, name in enumerate(classes) if name != str(i)]
             raise UserError(f"{source}: the known classes have numbers as names, so that a label "
-                            f"{misnamed[0]} would mean the class '{classes[misnamed[0]]}'. List "
-                            "all videos in the same way, or put a classes.txt beside it")
+                            f"{misnamed[0]} would mean the class '{classes[misnamed[0]]}'. Make "
+                            "all of data.train, data.val and data.test lists, or all of them "
+                            "folders, or put a classes.txt beside this one")
         return
     for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
         if name != known:
@@ -516,7 +518,7 @@ def read_packets(container, stream):
             # The very last packet is empty
             if packet.size and not packet.is_corrupt and not is_broken:
                 packets.append(packet)
-    # These decoders fail at frames before the first key frame, whose references are missing
+    # Frames before the first key frame lack their references, and these decoders fail at them
     if stream.codec_context.name in ("hevc", "vp8", "vp9"):
         packets = list(dropwhile(lambda packet: not packet.is_keyframe, packets))
     # Discard packets are decoded but not shown: an edit list has cut them off. A stream without
@@ -725,8 +727,8 @@ def orientation(frame):
     Three booleans, for three steps in this order. They follow from the display matrix of
     the frame's file, which takes a point (x, y) to (a x + c y, b x + d y). A turn that is
     no multiple of 90 degrees is rounded to one. For example, a phone held upright stores frames
-    that lie on their side, with b = 1 and c = -1. To transpose them and then flip them
-    horizontally is to turn them clockwise by 90 degrees.
+    that lie on their side, with b = 1 and c = -1. The result is (True, False, True): a transpose
+    and a horizontal flip, which together turn a frame clockwise by 90 degrees.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -736,8 +738,8 @@ def orientation(frame):
         return False, False, False
     if abs(a * d) > abs(b * c):         # nearer to 0 or 180 degrees than to 90 or 270
         return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
-    # (x, y) becomes (c y, b x). The transpose makes it (y, x). Then c scales the new x, the
-    # horizontal one, and b the new y.
+    # (x, y) becomes (c y, b x). The transpose makes it (y, x). Then the sign of b says whether to
+    # flip the new y (vertically), and that of c whether to flip the new x (horizontally).
     return True, b < 0, c < 0
 
 
@@ -859,7 +861,7 @@ def dense_views(count, frames, stride, clips):
 
 
 def segment_views(count, frames, clips):
-    """clips * frames frame numbers, evenly over the video, dealt out to the clips in turn.
+    """Spread `clips * frames` numbers evenly over the video, and deal them out to the clips.
 
     Of 3 clips, the first takes the 1st, 4th, 7th number and so on, the second the 2nd, 5th,
     8th. A single clip takes the middles of `frames` segments instead.
@@ -1252,9 +1254,9 @@ def begin_worker(_):
     """For workers: the process that they work for decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # torch ends a worker when the worker's parent has ended. But under "forkserver" the parent is
-    # the fork server, which lives as long as its workers do. So there a thread watches the process
-    # that the worker works for.
+    # torch ends a worker when the system says that the worker's parent has ended. But under
+    # "forkserver" that parent is the fork server, which lives as long as its workers do. So there
+    # a thread watches the process that the worker works for, which is what parent_process() means.
     process = multiprocessing.parent_process()
     if process.pid != os.getppid():
         threading.Thread(target=end_with, args=(process,), daemon=True).start()
@@ -1268,9 +1270,9 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # kill_workers is registered here and not on import, since a process that multiprocessing itself
-    # has forked loses what was registered before the fork (Python 3.13 and later). It is
-    # unregistered first, so that it is registered once.
+    # kill_workers is registered here and not on import. If this process was itself forked by
+    # multiprocessing, it has lost what was registered before the fork (Python 3.13 and later).
+    # Unregistered first, it is registered only once.
     atexit.unregister(kill_workers)
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
@@ -1325,9 +1327,9 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# How the window moves from one frame to the next, before the random speed: right and down (pixels
-# of the texture), clockwise (radians), and growing (the logarithm of its size). A class is named
-# for what one sees in the window, which is the opposite motion.
+# How the window moves from one frame to the next, at speed 1: right and down (pixels of the
+# texture), clockwise (radians), and growing (the logarithm of its size). A class is named for what
+# one sees in the window, which is the opposite motion.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, -0.10, 0), "anticlockwise": (0, 0, 0.10, 0),

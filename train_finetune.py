@@ -727,8 +727,8 @@ def finetune(config, given=frozenset()):
         origin = f"{output / 'last.pt'}, {'the last weights' if trained else 'trained before'}"
 
     # The test on several views takes the last weights, as VideoMAE's does, and not best.pt. With
-    # test_only it takes those in finetune.init. The folder is made before the test: if that fails,
-    # no results are lost.
+    # test_only it takes those in finetune.init. The folder is made before the test, since a failure
+    # to make it afterwards would lose the results.
     if machine.is_first:
         output.mkdir(parents=True, exist_ok=True)
     clips = settings["test_clips"]

@@ -427,7 +427,8 @@ class Plan(NamedTuple):
 def make_plan(config, stage, video_count, world_size):
     """The Plan of section `stage`.
 
-    UserError if the processes or videos do not fit the batch, or the warm-up not the epochs.
+    UserError if the processes cannot share the batch evenly, if there are fewer videos than
+    the batch has, or if the warm-up is longer than the training.
     """
     settings = config[stage]
     batch = settings["batch"]
@@ -629,15 +630,15 @@ class Log:
 # --- Training ---------------------------------------------------------------
 
 # What may differ when a run resumes:
-# - section run, except the seed
+# - section `run`, except the seed
 # - the section of the other stage
-# - of the sections data, model and of its own stage, these keys
+# - these keys in the sections `data`, `model` and that of its own stage
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
-# data.train and finetune.init may be other paths, but must name the same content. So fit() gets a
-# hash of that content, as a keyword argument of the name here. The text is the message for a hash
-# that differs.
+# data.train and finetune.init may be other paths, but must name the same content. So fit() gets
+# hashes of that content, as keyword arguments with these names. The texts are the messages for a
+# hash that differs.
 HASHES = {
     "training_list": "data.train lists other videos, or in another order or with other labels",
     "starting_weights": "finetune.init holds other weights"}
