@@ -259,29 +259,27 @@ def read_class_names(path):
 
 
 def refuse_other_names(source, names, classes):
-    """UserError if `names`, the content of classes.txt, are not the known `classes`.
-
-    `names` is None without classes.txt.
-    """
-    # Classes of a list without names are called "0", "1", "2" and so on. These are no real names.
-    if not classes or classes == [str(i) for i in range(len(classes))]:
-        return
-    if not names:
-        # Without classes.txt, labels are taken for the numbers of the known classes. But folders
-        # that are named by numbers are sorted as 0, 1, 10, 2: folder 10 is class number 2. If a
-        # list then says 2, it probably means folder 2.
-        if all(name.isdecimal() for name in classes):
-            # Some are, since the classes 0, 1, 2 ... have returned above
-            misnamed = [i for i, name in enumerate(classes) if name != str(i)]
-            raise UserError(f"{source}: the known classes have numbers as names, so that a label "
-                            f"{misnamed[0]} would mean the class '{classes[misnamed[0]]}'. Make "
-                            "all of data.train, data.val and data.test lists, or all of them "
-                            "folders, or put a classes.txt beside this one")
+    """UserError if `names`, the content of classes.txt, are not the known `classes`."""
+    # Known classes "0", "1", "2" and so on come from a list without names, and need not agree
+    if classes == [str(number) for number in range(len(classes))]:
         return
     for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
         if name != known:
             raise UserError(f"{source}: classes.txt beside it names other classes than the "
                             f"{len(classes)} known ones: class {number} is {name}, not {known}")
+
+
+def refuse_misleading_names(source, classes):
+    """UserError if a known class is named by another number than its own.
+
+    For example, class folders 0 to 10 are sorted as 0, 1, 10, 2, so folder 10 is class number
+    2. If a list without names then has the label 2, it probably means folder 2.
+    """
+    for number, name in enumerate(classes):
+        if name.isdecimal() and int(name) != number:
+            raise UserError(f"{source}: a label {number} would mean the known class '{name}'. Make "
+                            "all of data.train, data.val and data.test lists, or all of them "
+                            "folders, or put a classes.txt beside this list")
 
 
 def find_file(name, folders):
@@ -390,9 +388,11 @@ def read_annotations(source, root="", classes=None):
             named = read_list(source, text, folders)
             find = partial(find_file, folders=folders)
             names = read_class_names(source.with_name("classes.txt"))
-            # Without labels no class numbers are read, so classes.txt may name any classes
-            if named and named[0][1] is not None:
+            has_labels = named and named[0][1] is not None
+            if has_labels and classes and names:
                 refuse_other_names(source, names, classes)
+            elif has_labels and classes:
+                refuse_misleading_names(source, classes)
             classes = classes or names
 
     if named and isinstance(named[0][1], str):

@@ -405,7 +405,7 @@ def test_labels_are_not_taken_for_class_folders_in_another_order(tmp_path):
     assert classes[:4] == ["0", "1", "10", "2"]
     write(tmp_path / "b.mp4", "")
     val = write(tmp_path / "val.txt", "b.mp4 2\n")
-    with pytest.raises(UserError, match="so that a label 2 would mean the class '10'"):
+    with pytest.raises(UserError, match="val.txt: a label 2 would mean the known class '10'"):
         read_annotations(val, classes=classes)
     # Up to ten such folders stand in the order of their numbers
     entries, _ = read_annotations(val, classes=sorted(classes, key=int)[:10])
