@@ -369,10 +369,14 @@ class Encoder(nn.Module):
         self.apply(initialise)
 
     def resize(self, frames, size):
-        """From now on take clips of `frames` x `size` x `size`, with interpolated positions."""
+        """From now on take clips of `frames` x `size` x `size`, with interpolated positions.
+
+        The present positions are interpolated, and lose detail each time. For several sizes,
+        make an encoder for each.
+        """
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # If a fork has made positions a Parameter, a plain tensor cannot be assigned to it.
-        # Assigning to .data works in both cases.
+        # `self.positions = table` would fail if a fork has made positions a Parameter. Assigning to
+        # .data works in both cases.
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 
@@ -396,7 +400,14 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def forward(self, video):
-        """All tokens of whole videos, for transfer: [B, 3, T, H, W] -> [B, N, D]."""
+        """All tokens of whole videos, for transfer: [B, 3, T, H, W] -> [B, N, D].
+
+        Raises ValueError if the clips have another size than the encoder's.
+        """
+        grid = blocks_per_axis(video.shape[2:], self.cube, "cube")
+        if grid != self.grid:
+            raise ValueError(f"clips of {list(video.shape[2:])} have {list(grid)} cubes, but this "
+                             f"encoder takes {list(self.grid)}: see resize()")
         return self.encode(video_to_cubes(video, self.cube))
 
 
@@ -502,11 +513,11 @@ class ARVideo(nn.Module):
         if not 0 < predict_ratio <= 1:
             raise ValueError(f"predict_ratio {predict_ratio} is out of range: it is the "
                              "share of tokens that is predicted, above 0 and at most 1")
-        if normalise_target and math.prod(cube) == 1:
-            raise ValueError("normalise_target needs cubes of more than one pixel: "
-                             "a single one has no standard deviation")
 
         self.order_kind = order
+        self.mask_ratio = mask_ratio
+        self.predict_after = predict_after
+        self.predict_ratio = predict_ratio
         self.normalise_target = normalise_target
         self.encoder = Encoder(
             frames=frames, size=size, cube=cube, width=width, depth=depth, heads=heads,
@@ -516,7 +527,10 @@ class ARVideo(nn.Module):
         self.cube = self.encoder.cube
         self.encoder_to_decoder = nn.Linear(width, decoder_width, bias=False)
         initialise(self.encoder_to_decoder)
-        self.set_clusters(cluster, mask_ratio, predict_after, predict_ratio)
+        if normalise_target and self.target_shape()[-1] == 1:
+            raise ValueError("normalise_target needs cubes of more than one pixel: "
+                             "a single one has no standard deviation")
+        self.set_clusters(cluster)
         self.decoder = Decoder(
             grid=self.grid, width=decoder_width, depth=decoder_depth,
             heads=decoder_heads, mlp_ratio=mlp_ratio,
@@ -524,28 +538,28 @@ class ARVideo(nn.Module):
             group_size=self.predicted_count if decoder_self_attention else None,
             positions=positions, checkpointing=checkpointing)
 
-    def set_clusters(self, cluster, mask_ratio, predict_after, predict_ratio=1.0):
-        """Divide the tokens into clusters and build both masks.
+    def set_clusters(self, cluster):
+        """Divide the tokens into clusters of the shape `cluster` and build both masks.
 
-        The constructor calls it. A fork may call it again to change the shape of clusters
-        in training, though not with self-attention in the decoder, whose groups are fixed.
+        It uses mask_ratio, predict_after and predict_ratio. The constructor calls it. A fork
+        may call it again to change the shape in training, though not with self-attention in
+        the decoder, whose groups are fixed.
         Raises ValueError where sizes do not fit.
         """
         device = self.encoder.positions.device
         self.cluster_grid = blocks_per_axis(self.grid, cluster, "cluster")
         clusters = cluster_tokens(self.grid, cluster)                   # [M, K]
         M, K = clusters.shape
-        if not 1 <= predict_after < M:
+        if not 1 <= self.predict_after < M:
             raise ValueError(
-                f"predict_after {predict_after} is out of range: it is the number of places at "
-                f"the start that are not predicted, from 1 to {M - 1}")
-        self.predict_after = predict_after
-        self.visible_count = count_share(K, 1 - mask_ratio)             # V
-        self.predicted_count = count_share(K, predict_ratio)            # R
+                f"predict_after {self.predict_after} is out of range: it is the number of places "
+                f"at the start that are not predicted, from 1 to {M - 1}")
+        self.visible_count = count_share(K, 1 - self.mask_ratio)        # V
+        self.predicted_count = count_share(K, self.predict_ratio)       # R
 
         # Tokens are lined up by place, so these two masks serve every order
         encoder_mask, decoder_mask = attention_masks(
-            M, self.predicted_count, self.visible_count, predict_after)
+            M, self.predicted_count, self.visible_count, self.predict_after)
         self.register_buffer("clusters", clusters.to(device), persistent=False)
         self.register_buffer("encoder_mask", encoder_mask.to(device), persistent=False)
         self.register_buffer("decoder_mask", decoder_mask.to(device), persistent=False)
@@ -628,10 +642,13 @@ class ARVideo(nn.Module):
         cubes = video_to_cubes(video, self.cube)                        # [B, N, 3, P]
         seen, queried = self.line_up(order, visible, predicted)         # [B, S], [B, Q]
         prediction = self.predict(cubes, seen, queried)                 # [B, Q, 3, P]
-        target = take(self.target(video, cubes), queried)               # [B, Q, 3, P]
+        # Target and loss in fp32, also under autocast
+        target = take(self.target(video, cubes), queried).float()       # [B, Q, 3, P]
+        if target.shape != prediction.shape:
+            raise ValueError(f"target() gives {list(target.shape[2:])} for each token, but "
+                             f"target_shape() is {list(prediction.shape[2:])}")
         mean, deviation = self.statistics(target)                       # [B, Q, 3, 1]
         target = (target - mean) / deviation                            # [B, Q, 3, P]
-        # In fp32, also under autocast
         return F.mse_loss(prediction.float(), target)
 
     @torch.no_grad()

@@ -270,7 +270,7 @@ def refuse_other_names(source, names, classes):
 
 
 def refuse_misleading_names(source, classes):
-    """UserError if a known class is named by another number than its own.
+    """UserError if the name of a known class is a number, but not the number of that class.
 
     For example, class folders 0 to 10 are sorted as 0, 1, 10, 2, so folder 10 is class number
     2. If a list without names then has the label 2, it probably means folder 2.
@@ -362,7 +362,7 @@ def read_annotations(source, root="", classes=None):
                         "data.train and data.val")
     source = existing[0]
     root = Path(root).expanduser() if root else source.parent
-    # A folder of videos needs no root. A preset may set one all the same, which need not exist.
+    # If the source is itself a folder, root is not used. A preset may set one that does not exist.
     if not source.is_dir() and not root.is_dir():
         raise UserError(f"{root}: there is no such folder of videos (data.root)")
 
@@ -395,6 +395,7 @@ def read_annotations(source, root="", classes=None):
                 refuse_misleading_names(source, classes)
             classes = classes or names
 
+    # The labels of a list are numbers already; all others are class names
     if named and isinstance(named[0][1], str):
         named, classes = number_classes(source, named, classes)
     return make_entries(source, root, named, find), classes
@@ -598,7 +599,8 @@ def packets_needed(packets, wanted):
         number_of[packet.pts] = i
         key_frame_before.append(i if packet.is_keyframe else key_frame_before[-1])
 
-    last_needed = {}                    # {key frame to start at: the last packet to decode}
+    # Frames with the same key frame to start at share one run of packets
+    last_needed = {}                    # {number of its first packet: number of its last}
     for pts in wanted:
         end = number_of[pts]
         # Go back over key frames that are shown after the wanted frame. This ends at the first
@@ -738,8 +740,8 @@ def orientation(frame):
         return False, False, False
     if abs(a * d) > abs(b * c):         # nearer to 0 or 180 degrees than to 90 or 270
         return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
-    # (x, y) becomes (c y, b x). The transpose makes it (y, x). Then the sign of b says whether to
-    # flip the new y (vertically), and that of c whether to flip the new x (horizontally).
+    # The matrix takes (x, y) to (c y, b x), and the transpose takes it to (y, x). The signs remain:
+    # a negative b flips the new y (vertically), a negative c the new x (horizontally).
     return True, b < 0, c < 0
 
 
@@ -967,7 +969,10 @@ def change_colours(frame, name, level, sign):
 
 
 def warp_matrix(name, level, sign, H, W):
-    """The matrix of one operation of RandAugment, or None if it is no warp."""
+    """The matrix of one operation of RandAugment, or None if it is no warp.
+
+    It takes a pixel's new place to the old place that its value comes from, as warp needs it.
+    """
     slope = 0.3 * level * sign
     move = 0.45 * level * sign
     cosine = math.cos(math.radians(30 * level))
@@ -1001,7 +1006,7 @@ def warp(clip, matrix):
     outside = (from_x < 0) | (from_x >= W) | (from_y < 0) | (from_y >= H)
     column = (from_x - 0.5).floor().int()
     row = (from_y - 0.5).floor().int()
-    # Shares, 0 to 1, of the way to the next pixel
+    # How far it is towards the next pixel, from 0 to 1
     to_right = (from_x - 0.5 - column).flatten()
     down = (from_y - 0.5 - row).flatten()
 
@@ -1128,6 +1133,7 @@ def normalise(clips, device):
 class Sample(NamedTuple):
     """What is read of one listed video: R clips, uint8 [R, 3, T, size, size].
 
+    (In this file R counts the clips of a video, not the predicted tokens of arvideo.py.)
     `clips` is None if no video could be read. The label is a class number, or -1.
     `unreadable` holds the reasons of all videos that were tried and could not be read.
     """
@@ -1254,9 +1260,9 @@ def begin_worker(_):
     """For workers: the process that they work for decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # torch ends a worker when the system says that the worker's parent has ended. But under
-    # "forkserver" that parent is the fork server, which lives as long as its workers do. So there
-    # a thread watches the process that the worker works for, which is what parent_process() means.
+    # This is the process that the worker works for. The system's parent, os.getppid(), is the same
+    # under "fork", and torch ends a worker when that has ended. Under "forkserver" it is the fork
+    # server, which lives as long as its workers do. So there a thread watches the process.
     process = multiprocessing.parent_process()
     if process.pid != os.getppid():
         threading.Thread(target=end_with, args=(process,), daemon=True).start()
@@ -1277,16 +1283,17 @@ def start_loading(loader):
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
 
-    # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
-    # inherits which signals are blocked. So this process blocks SIGTERM while the DataLoader starts
-    # the server. If one comes meanwhile, it is delivered when SIGTERM is unblocked.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # The server needs Python's resource tracker, and starting that unblocks SIGTERM. So it is
-        # started before the block.
+        # The server needs Python's resource tracker, and starting the tracker unblocks SIGTERM. So
+        # start it now, before SIGTERM is blocked.
         resource_tracker.ensure_running()
+
+    # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
+    # inherits which signals are blocked. So this process blocks SIGTERM while the DataLoader starts
+    # the server. If one comes meanwhile, it is delivered when SIGTERM is unblocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         batches = iter(loader)
@@ -1327,9 +1334,9 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# How the window moves from one frame to the next, at speed 1: right and down (pixels of the
-# texture), clockwise (radians), and growing (the logarithm of its size). A class is named for what
-# one sees in the window, which is the opposite motion.
+# Four numbers for each class: how far the window moves from one frame to the next, at speed 1.
+# Right and down (pixels of the texture), clockwise (radians), and growth (of the logarithm of its
+# size). A class is named for what one sees in the window, which is the opposite motion.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, -0.10, 0), "anticlockwise": (0, 0, 0.10, 0),
@@ -1359,7 +1366,7 @@ def toy_clip(motion, generator):
 
     # Each frame's distance from the middle of the clip, in frames, times the speed (0.75 to 1.25)
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
-    # How far the window's motion has come in every frame
+    # Where the window's motion has brought it in each frame, compared with the middle of the clip
     right, down, turned, grown = (factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
     angle = 2 * math.pi * turn + turned
     log_size = 0.9 * (0.5 - zoom) + grown
@@ -1587,8 +1594,8 @@ def shrink(source, target, short_side, key_frames, workers):
     source = Path(source).expanduser().resolve()
     target = Path(target).expanduser().resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise UserError(f"{source} and {target}: one holds the other, so videos would stand in it "
-                        "twice; choose another folder to write to")
+        raise UserError(f"{source} and {target}: one is inside the other, and would then hold "
+                        "each video twice; choose another folder to write to")
     jobs = {}
     for path in videos_below(source):
         # If the source is a folder of images, it is itself the only video

@@ -188,11 +188,14 @@ def load_weights(model, path, classes):
         if key in content:
             origin = f"{path} after {key} {content[key]}"
 
-    # A classifier or probe of the same classes: take everything. If the file names no classes, as
-    # VideoMAE's, the names and shapes of the tensors decide. Lists without class names have the
-    # classes "0", "1" and so on: two such lists have the same classes if they have equally many.
+    # The same model and classes: take everything. A checkpoint without class names, such as
+    # VideoMAE's, is judged by the names and shapes of its tensors alone. If the training list had
+    # no class names, they are "0", "1" and so on, so that only their number is compared.
     own = model.state_dict()
-    if (content.get("classes", classes) == classes and weights.keys() == own.keys()
+    model_class = type(model).__name__
+    if (content.get("classes", classes) == classes
+            and content.get("model_class", model_class) == model_class
+            and weights.keys() == own.keys()
             and all(weights[name].shape == own[name].shape for name in own)):
         model.load_state_dict(weights)
         return f"all weights, the classifier's too, from {origin}", True
@@ -228,13 +231,18 @@ def load_weights(model, path, classes):
 def finetuned_classifier(checkpoint):
     """For other programs: (model, class names) from a checkpoint that this script wrote.
 
-    model(video [B, 3, T, H, W]) gives logits [B, classes]. ValueError for another checkpoint.
+    model(video [B, 3, T, H, W]) gives logits [B, classes]. ValueError for another checkpoint,
+    or one of a fork's class that has not replaced Classifier or Probe here.
     """
     if "classes" not in checkpoint:
         raise ValueError("finetuned_classifier needs a checkpoint of train_finetune.py; for a "
                          "pretraining's, use pretrained_encoder of arvideo.py")
     classes = checkpoint["classes"]
     model = build_model(checkpoint["config"], len(classes))
+    saved_class = checkpoint.get("model_class", type(model).__name__)
+    if type(model).__name__ != saved_class:
+        raise ValueError(f"the checkpoint holds a {saved_class}, which is not the class in "
+                         "train_finetune.py: assign it to train_finetune.Classifier first")
     model.load_state_dict(checkpoint["model"])
     return model.eval(), classes
 
@@ -572,9 +580,8 @@ def begin(model, config, classes):
         return f"{path}, resumed"
     sentence, complete = load_weights(model, path, classes)
     if config["finetune"]["test_only"] and not complete:
-        raise UserError(f"finetune.test_only: {path} holds no classifier of these classes with "
-                        f"finetune.probe={config['finetune']['probe']}; set finetune.init, "
-                        "or finetune.probe as in its training")
+        raise UserError(f"finetune.test_only: {path} holds no {type(model).__name__} of these "
+                        "classes; set finetune.init, or finetune.probe as in its training")
     return sentence
 
 
@@ -653,7 +660,8 @@ def train_classifier(config, machine, model, lists):
 
     def loss_of(forward, batch, step, rows):            # as fit calls it
         # Mixing, drop path and dropout get a seed by the step and the micro-batch, so that a
-        # resumed run repeats them. rows[0], its first row in the global batch, identifies it.
+        # resumed run repeats them. The micro-batch is identified by rows[0], its first row in the
+        # global batch.
         torch.manual_seed(stream_seed(run["seed"], "mixing", step, int(rows[0])))
         clips = data.normalise(batch.clips, machine.device)
         labels = machine.send(batch.labels)
@@ -679,8 +687,8 @@ def train_classifier(config, machine, model, lists):
             if scores["top1"] > best_top1:
                 best_top1 = scores["top1"]
                 save_checkpoint(best_pt, dict(
-                    model=model.state_dict(), config=config, classes=lists.classes, epoch=epoch,
-                    top1=scores["top1"]))
+                    model=model.state_dict(), model_class=type(model).__name__, config=config,
+                    classes=lists.classes, epoch=epoch, top1=scores["top1"]))
         return dict(top1=scores["top1"], top5=scores["top5"])
 
     scale = layer_decay(config["model"]["depth"], settings["layer_decay"])

@@ -568,11 +568,12 @@ def lock_folder(output):
 
 
 def code_version(model):
-    """A hash of the files that define the model's classes, those of torch aside."""
+    """A hash of the source files of the model's Python classes, without torch's."""
     names = {type(module).__module__ for module in model.modules()}
     content = hashlib.sha256()
     for name in sorted(names):
-        path = getattr(sys.modules[name], "__file__", None)     # a notebook has no file
+        # A notebook has no file, and a module loaded by hand may be in no list
+        path = getattr(sys.modules.get(name), "__file__", None)
         if path and not name.startswith("torch"):
             content.update(Path(path).read_bytes())
     return content.hexdigest()[:12]
@@ -636,9 +637,9 @@ class Log:
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
-# data.train and finetune.init may be other paths, but must name the same content. So fit() gets
-# hashes of that content, as keyword arguments with these names. The texts are the messages for a
-# hash that differs.
+# data.train and finetune.init may be other paths, but must name the same content. So hashes of that
+# content must match. The keys are the names of fit()'s keyword arguments that hold the hashes, and
+# the values are the messages for hashes that differ.
 HASHES = {
     "training_list": "data.train lists other videos, or in another order or with other labels",
     "starting_weights": "finetune.init holds other weights"}
@@ -896,6 +897,8 @@ def call_if_defined(model, method, *arguments):
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
     """Train `model` on `videos` as section `stage` says. Resume if run.output has a checkpoint.
 
+    `videos` has a length, and videos[(epoch, i)] is a data.Sample that depends on the key alone, as
+    in data.Videos. If it drew from a global generator, a resumed run would not repeat it.
     loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is what wrap_model
     gives, `batch` a data.Batch, `rows` [b] are its rows in the global batch.
     end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
@@ -991,7 +994,7 @@ def print_start(config, model, video_count):
     settings = config["model"]
     total = sum(p.numel() for p in model.parameters()) / 1e6
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-    print(f"ARVideo pretraining\n"
+    print(f"{type(model).__name__} pretraining\n"
           f"  data       {video_count} videos; clips of {settings['frames']} frames at stride "
           f"{config['data']['stride']}, {settings['size']} x {settings['size']}, "
           f"flip {config['pretrain']['flip']}\n"

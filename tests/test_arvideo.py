@@ -306,6 +306,34 @@ def test_targets_that_are_no_pixels_are_not_drawn():
         model.reconstruct(small_video(), *draw)
 
 
+def test_a_target_must_have_the_shape_that_is_predicted():
+    """Else torch would broadcast it, with no more than a warning."""
+    class Mismatched(ARVideo):
+        def target_shape(self):
+            return (8,)
+
+        def target(self, video, cubes):
+            return cubes.mean((2, 3))[..., None]
+
+    model = Mismatched(**SMALL, normalise_target=False)
+    with pytest.raises(ValueError, match=r"target\(\) gives \[1\] for each token"):
+        model(small_video(), *model.draw(2))
+    # A single number has no deviation
+    Mismatched.target_shape = lambda self: (1,)
+    with pytest.raises(ValueError, match="normalise_target needs"):
+        Mismatched(**SMALL)
+
+
+def test_clusters_of_another_shape_keep_the_shares():
+    model = small_model(mask_ratio=0.5, predict_ratio=0.5, predict_after=2)
+    model.set_clusters((1, 2, 1))
+    assert model.clusters.shape == (TOKENS // 2, 2)
+    order, visible, predicted = model.draw(3)
+    assert visible.shape == predicted.shape == (3, TOKENS // 2, 1)
+    _, queried = model.line_up(order, visible, predicted)
+    assert queried.shape == (3, TOKENS // 2 - 2)
+
+
 def test_self_attention_refuses_queries_that_are_no_whole_clusters():
     """Of 4 videos, 27 queries each would still make groups of 4, across the videos."""
     # As many videos as a cluster has queries, so that all together always are whole groups
@@ -540,6 +568,12 @@ def test_both_ways_to_other_clips_give_the_same_features():
     video = torch.randn(1, 3, 6, 20, 20)
     assert resized(video).shape == (1, 3 * 5 * 5, 32)
     assert torch.equal(resized(video), built(video))
+
+
+def test_clips_of_another_shape_with_as_many_tokens_are_refused():
+    encoder = small_model().encoder
+    with pytest.raises(ValueError, match=r"this encoder takes \[2, 4, 4\]: see resize"):
+        encoder(torch.randn(1, 3, 16, 8, 16))
 
 
 def test_learned_positions_of_a_fork_are_interpolated_too():

@@ -289,7 +289,7 @@ def test_a_run_begins_in_the_first_of_four_ways_that_applies(pretrained, tmp_pat
     sentence, weights = start("finetune.test_only=true", f"finetune.init={other}")
     assert str(other) in sentence
     assert_equal(weights, random)
-    with pytest.raises(UserError, match="last.pt holds no classifier of these classes"):
+    with pytest.raises(UserError, match="last.pt holds no Classifier of these classes"):
         start("finetune.test_only=true", f"finetune.init={init}")
 
     # 2. A run with a checkpoint resumes; its weights are loaded with the optimizer, later
@@ -317,6 +317,26 @@ def save_settings(path, config, **about):
     """A checkpoint without weights that matter, made with these settings."""
     torch.save(dict(model={"head.weight": torch.zeros(8, 32)}, config=config, **about), path)
     return path
+
+
+def test_a_forks_classifier_is_not_taken_for_ours(tmp_path, monkeypatch):
+    """It has the same parameters, but another forward pass."""
+    class FirstToken(train_finetune.Classifier):
+        def forward(self, video):
+            return self.head(self.fc_norm(self.encode(video_to_cubes(video, self.cube))[:, 0]))
+
+    config = tiny_config("finetune.test_only=true", f"finetune.init={tmp_path / 'fork.pt'}")
+    content = dict(model=build_model(config, 8).state_dict(), model_class="FirstToken",
+                   config=config, classes=LETTERS)
+    torch.save(content, tmp_path / "fork.pt")
+    with pytest.raises(ValueError, match="holds a FirstToken, which is not the class in"):
+        finetuned_classifier(content)
+    with pytest.raises(UserError, match="fork.pt holds no Classifier of these classes"):
+        begin(build_model(config, 8), config, LETTERS)
+
+    monkeypatch.setattr(train_finetune, "Classifier", FirstToken)
+    assert isinstance(finetuned_classifier(content)[0], FirstToken)
+    assert "all weights" in begin(build_model(config, 8), config, LETTERS)
 
 
 def test_the_pretrained_clip_comes_from_the_checkpoint(pretrained, tmp_path):

@@ -456,7 +456,7 @@ class Fork(ARVideo):
 
     def before_step(self, step, steps):
         shape = (2, 2, 2) if step < steps // 2 else (2, 4, 4)
-        self.set_clusters(shape, mask_ratio=0.8, predict_after=1)
+        self.set_clusters(shape)
 
     @torch.no_grad()
     def after_step(self, step, steps):
