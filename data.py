@@ -260,7 +260,8 @@ def read_class_names(path):
 
 def refuse_other_names(source, names, classes):
     """UserError if `names`, the content of classes.txt, are not the known `classes`."""
-    # Known classes "0", "1", "2" and so on come from a list without names, and need not agree
+    # If the known classes are "0", "1", "2" and so on, they come from a list without names. Then
+    # any names in classes.txt will do.
     if classes == [str(number) for number in range(len(classes))]:
         return
     for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
@@ -270,7 +271,7 @@ def refuse_other_names(source, names, classes):
 
 
 def refuse_misleading_names(source, classes):
-    """UserError if the name of a known class is a number, but not the number of that class.
+    """UserError if a known class is named by a number other than its own class number.
 
     For example, class folders 0 to 10 are sorted as 0, 1, 10, 2, so folder 10 is class number
     2. If a list without names then has the label 2, it probably means folder 2.
@@ -362,7 +363,7 @@ def read_annotations(source, root="", classes=None):
                         "data.train and data.val")
     source = existing[0]
     root = Path(root).expanduser() if root else source.parent
-    # If the source is itself a folder, root is not used. A preset may set one that does not exist.
+    # If the source is itself a folder, root is not used, and need not exist
     if not source.is_dir() and not root.is_dir():
         raise UserError(f"{root}: there is no such folder of videos (data.root)")
 
@@ -588,6 +589,7 @@ def timestamps_identify_frames(container, stream, packets):
 def packets_needed(packets, wanted):
     """The set of numbers of the packets to decode for the wanted timestamps.
 
+    The first packet must be a key frame and shown first (see timestamps_identify_frames).
     Decoding goes from a key frame up to each wanted frame. It starts at the last key frame
     that comes no later than the wanted frame, both in the file and on screen. The order of
     the file alone is not enough: in an open group of pictures, a frame may be stored after a
@@ -676,7 +678,7 @@ def decode_counted(decoder, packets, wanted, convert):
         damaged = frame.is_corrupt or (damaged and not frame.key_frame)
         if count in wanted:
             if damaged:
-                raise ValueError("it is damaged before a wanted frame")
+                raise ValueError("a wanted frame, or one that it depends on, is damaged")
             frames[count] = convert(frame)
         count += 1
         if len(frames) == len(wanted):
@@ -727,14 +729,16 @@ def orientation(frame):
     """(transpose, flip vertically, flip horizontally): what turns a frame upright.
 
     Three booleans, for three steps in this order. They follow from the display matrix of
-    the frame's file, which takes a point (x, y) to (a x + c y, b x + d y). A turn that is
-    no multiple of 90 degrees is rounded to one. For example, a phone held upright stores frames
-    that lie on their side, with b = 1 and c = -1. The result is (True, False, True): a transpose
-    and a horizontal flip, which together turn a frame clockwise by 90 degrees.
+    the frame's file, which takes a point (x, y) to (a x + c y, b x + d y); y points down. A
+    turn that is no multiple of 90 degrees is rounded to one. For example, a phone held
+    upright stores frames that lie on their side, with b > 0 and c < 0. The result is
+    (True, False, True): a transpose and a horizontal flip, which together turn a frame
+    clockwise by 90 degrees.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return False, False, False
+    # 1 is stored as 65536, but only signs and proportions matter here
     a, b, _, c, d, *_ = struct.unpack("9i", bytes(matrix)[:36])
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, False, False
@@ -955,7 +959,7 @@ def change_colours(frame, name, level, sign):
     if name == "posterize":
         return tv.posterize(frame, bits=4 - int(4 * level))
     if name == "solarize":
-        # As int16, since the limit of a weak solarize, 256, is no uint8
+        # Compared as int16: at a level near 0 the limit is 256, which does not fit in a uint8
         return torch.where(frame.short() < 256 - int(256 * level), frame, 255 - frame)
     if name == "solarize add":
         return frame + (frame < 128).byte() * int(110 * level)
@@ -1006,7 +1010,7 @@ def warp(clip, matrix):
     outside = (from_x < 0) | (from_x >= W) | (from_y < 0) | (from_y >= H)
     column = (from_x - 0.5).floor().int()
     row = (from_y - 0.5).floor().int()
-    # How far it is towards the next pixel, from 0 to 1
+    # How far a point lies beyond the middle of that pixel, towards the next one: 0 to 1
     to_right = (from_x - 0.5 - column).flatten()
     down = (from_y - 0.5 - row).flatten()
 
@@ -1260,9 +1264,10 @@ def begin_worker(_):
     """For workers: the process that they work for decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # This is the process that the worker works for. The system's parent, os.getppid(), is the same
-    # under "fork", and torch ends a worker when that has ended. Under "forkserver" it is the fork
-    # server, which lives as long as its workers do. So there a thread watches the process.
+    # parent_process() is the process that the worker works for. Under "fork" it is also the
+    # system's parent, and torch itself ends a worker whose system parent has ended. Under
+    # "forkserver" the system's parent is the fork server, which lives as long as its workers do. So
+    # in that case a thread watches parent_process().
     process = multiprocessing.parent_process()
     if process.pid != os.getppid():
         threading.Thread(target=end_with, args=(process,), daemon=True).start()
@@ -1372,7 +1377,8 @@ def toy_clip(motion, generator):
     log_size = 0.9 * (0.5 - zoom) + grown
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
-    # its 128 pixels is 2 / 128. The window shifts along its own axes, so the shift is rotated too.
+    # its 128 pixels is 2 / 128. As y points down, a positive angle is clockwise. The window shifts
+    # along its own axes, so the shift is rotated too.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([right, down], 1).unsqueeze(2) * 2 / 128
     # Halfway through the clip, the window's centre is at most 0.2 from the texture's centre, along
@@ -1551,7 +1557,7 @@ def write_shrunk(source, target, short_side, key_frames):
             frame = reformat(frame, "yuv420p", width=output.width, height=output.height)
             last = max(pts - start, last + 1)           # times that do not grow are corrected
             frame.pts = last
-            frame.time_base = output.codec_context.time_base
+            frame.time_base = output.codec_context.time_base    # the source's own
             frame.pict_type = 0                         # let x264 choose its key frames
             writer.mux(output.encode(frame))
             count += 1
@@ -1594,8 +1600,8 @@ def shrink(source, target, short_side, key_frames, workers):
     source = Path(source).expanduser().resolve()
     target = Path(target).expanduser().resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise UserError(f"{source} and {target}: one is inside the other, and would then hold "
-                        "each video twice; choose another folder to write to")
+        raise UserError(f"{source} and {target} are the same folder, or one is inside the other: "
+                        "choose another folder to write to")
     jobs = {}
     for path in videos_below(source):
         # If the source is a folder of images, it is itself the only video

@@ -231,8 +231,9 @@ def load_weights(model, path, classes):
 def finetuned_classifier(checkpoint):
     """For other programs: (model, class names) from a checkpoint that this script wrote.
 
-    model(video [B, 3, T, H, W]) gives logits [B, classes]. ValueError for another checkpoint,
-    or one of a fork's class that has not replaced Classifier or Probe here.
+    model(video [B, 3, T, H, W]) gives logits [B, classes]. ValueError for any other checkpoint.
+    One of a fork's own class is refused too, unless that class was first assigned to
+    Classifier or Probe in this module.
     """
     if "classes" not in checkpoint:
         raise ValueError("finetuned_classifier needs a checkpoint of train_finetune.py; for a "

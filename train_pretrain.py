@@ -572,7 +572,7 @@ def code_version(model):
     names = {type(module).__module__ for module in model.modules()}
     content = hashlib.sha256()
     for name in sorted(names):
-        # A notebook has no file, and a module loaded by hand may be in no list
+        # A notebook has no __file__, and a module loaded by hand may be missing from sys.modules
         path = getattr(sys.modules.get(name), "__file__", None)
         if path and not name.startswith("torch"):
             content.update(Path(path).read_bytes())
@@ -638,8 +638,8 @@ MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
 # data.train and finetune.init may be other paths, but must name the same content. So hashes of that
-# content must match. The keys are the names of fit()'s keyword arguments that hold the hashes, and
-# the values are the messages for hashes that differ.
+# content must match: the scripts pass them to fit() as `must_match`, under the keys below. The
+# values are the messages for hashes that differ.
 HASHES = {
     "training_list": "data.train lists other videos, or in another order or with other labels",
     "starting_weights": "finetune.init holds other weights"}
@@ -744,7 +744,7 @@ class Training:
             self.machine.stop(
                 f"step {self.step + 1}: the loss is {loss}, the gradient's norm {norm}, lr "
                 f"{lr:.3g}. The last checkpoint is kept: resume with run.precision=fp32, or begin "
-                f"again with a smaller {self.stage}.lr or {self.stage}.clip_norm=1")
+                f"again with {self.stage}.clip_norm=1 or a smaller {self.stage}.lr")
 
     def count_unreadable(self, reasons, unreadable):
         """Print new reasons of this process, and count the unreadable videos of all processes.
