@@ -655,7 +655,7 @@ class ARVideo(nn.Module):
     def reconstruct(self, video, order, visible, predicted=None):
         """What the encoder sees and what is predicted: two videos [B, 3, T, H, W].
 
-        All other cubes are zero: after data.normalise that is ImageNet's mean colour. With
+        All other cubes are zero, which in a normalised video is ImageNet's mean colour. With
         normalise_target a cube's mean and deviation come from the true video, since the model
         predicts the pattern alone.
         Raises ValueError if a subclass has targets of another shape than pixels.

@@ -389,6 +389,8 @@ def read_annotations(source, root="", classes=None):
             named = read_list(source, text, folders)
             find = partial(find_file, folders=folders)
             names = read_class_names(source.with_name("classes.txt"))
+            # Labels of a list are class numbers. If classes are known already, these numbers must
+            # mean the same classes: by classes.txt if there is one, else by the known names.
             has_labels = named and named[0][1] is not None
             if has_labels and classes and names:
                 refuse_other_names(source, names, classes)
@@ -396,7 +398,7 @@ def read_annotations(source, root="", classes=None):
                 refuse_misleading_names(source, classes)
             classes = classes or names
 
-    # The labels of a list are numbers already; all others are class names
+    # Class names remain to be numbered. The labels of a list are numbers already, or None.
     if named and isinstance(named[0][1], str):
         named, classes = number_classes(source, named, classes)
     return make_entries(source, root, named, find), classes
@@ -1010,7 +1012,7 @@ def warp(clip, matrix):
     outside = (from_x < 0) | (from_x >= W) | (from_y < 0) | (from_y >= H)
     column = (from_x - 0.5).floor().int()
     row = (from_y - 0.5).floor().int()
-    # How far a point lies beyond the middle of that pixel, towards the next one: 0 to 1
+    # How far the point lies beyond the middle of pixel (column, row): 0 to 1 of the way to the next
     to_right = (from_x - 0.5 - column).flatten()
     down = (from_y - 0.5 - row).flatten()
 
@@ -1069,9 +1071,9 @@ def draw_operations(count, magnitude):
 def rand_augment(clip, operations):
     """A uint8 clip [T, 3, H, W] after these operations, the same for all its frames.
 
-    The results are Pillow's, which timm and VideoMAE use, but warps are always bilinear
-    (VideoMAE's are bicubic). Pixels may differ from Pillow's: by one grey level where
-    Pillow rounds an intermediate result, by more where a warp meets a frame's border.
+    The operations are those of Pillow, which timm and VideoMAE use, but warps are always
+    bilinear (VideoMAE's are bicubic). The pixels equal Pillow's but for one grey level where
+    Pillow rounds an intermediate result, and for more where a warp meets a frame's border.
     """
     clip = clip.contiguous()            # as warp needs it
     for name, level, sign in operations:
@@ -1274,7 +1276,10 @@ def begin_worker(_):
 
 
 def kill_workers():
-    """At exit: Python sends SIGTERM to its children and waits for them. Ours ignore SIGTERM."""
+    """Kill the workers at exit.
+
+    Else Python would send them SIGTERM, which they ignore, and wait for them for ever.
+    """
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -1292,8 +1297,8 @@ def start_loading(loader):
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # The server needs Python's resource tracker, and starting the tracker unblocks SIGTERM. So
-        # start it now, before SIGTERM is blocked.
+        # Below, SIGTERM is blocked while the server starts. The server needs Python's resource
+        # tracker, and to start that unblocks SIGTERM. So start it now.
         resource_tracker.ensure_running()
 
     # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
@@ -1557,7 +1562,7 @@ def write_shrunk(source, target, short_side, key_frames):
             frame = reformat(frame, "yuv420p", width=output.width, height=output.height)
             last = max(pts - start, last + 1)           # times that do not grow are corrected
             frame.pts = last
-            frame.time_base = output.codec_context.time_base    # the source's own
+            frame.time_base = output.codec_context.time_base    # the unit of pts
             frame.pict_type = 0                         # let x264 choose its key frames
             writer.mux(output.encode(frame))
             count += 1

@@ -190,7 +190,7 @@ def load_weights(model, path, classes):
 
     # The same model and classes: take everything. A checkpoint without class names, such as
     # VideoMAE's, is judged by the names and shapes of its tensors alone. If the training list had
-    # no class names, they are "0", "1" and so on, so that only their number is compared.
+    # no class names, they are "0", "1" and so on: then only how many there are is compared.
     own = model.state_dict()
     model_class = type(model).__name__
     if (content.get("classes", classes) == classes
@@ -232,8 +232,8 @@ def finetuned_classifier(checkpoint):
     """For other programs: (model, class names) from a checkpoint that this script wrote.
 
     model(video [B, 3, T, H, W]) gives logits [B, classes]. ValueError for any other checkpoint.
-    One of a fork's own class is refused too, unless that class was first assigned to
-    Classifier or Probe in this module.
+    If a fork trained a Python class of its own, first set train_finetune.Classifier (or Probe)
+    to that class.
     """
     if "classes" not in checkpoint:
         raise ValueError("finetuned_classifier needs a checkpoint of train_finetune.py; for a "
@@ -242,8 +242,8 @@ def finetuned_classifier(checkpoint):
     model = build_model(checkpoint["config"], len(classes))
     saved_class = checkpoint.get("model_class", type(model).__name__)
     if type(model).__name__ != saved_class:
-        raise ValueError(f"the checkpoint holds a {saved_class}, which is not the class in "
-                         "train_finetune.py: assign it to train_finetune.Classifier first")
+        raise ValueError(f"the checkpoint is of the Python class {saved_class}: first set "
+                         f"train_finetune.Classifier = {saved_class}")
     model.load_state_dict(checkpoint["model"])
     return model.eval(), classes
 
@@ -609,7 +609,7 @@ def mix_videos(clips, labels, mixes, repeats):
 
 
 def print_start(config, model, lists, origin, lines):
-    """What will happen. `lines` follow as they are."""
+    """Print what will happen, then `lines` as they are."""
     settings = config["finetune"]
     probe = settings["probe"]
     frames = config["model"]["frames"]

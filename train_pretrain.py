@@ -544,7 +544,7 @@ def load_checkpoint(path):
                               mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except Exception:                   # torch raises half a dozen kinds, at length
+    except Exception:           # of half a dozen types, with messages of many lines
         raise UserError(f"{path}: this is not a readable checkpoint: it is of another kind, cut "
                         "short, or holds more than tensors and plain values") from None
 
@@ -867,8 +867,8 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
     for i, rows in enumerate(micro_batch_rows(plan, machine.rank, machine.world_size)):
         asked = time.perf_counter()
         batch = next(batches)
-        # Waiting for data costs no time while the GPU still has work, which is when query() is
-        # False. Without CUDA every wait counts.
+        # If the GPU still has work after this wait (query() is False), the wait cost no time.
+        # Without CUDA every wait counts.
         is_busy = machine.device.type == "cuda" and not torch.cuda.current_stream().query()
         if not is_busy:
             waited += time.perf_counter() - asked
@@ -990,7 +990,7 @@ def build_arvideo(config):
 
 
 def print_start(config, model, video_count):
-    """What will happen."""
+    """Print what will happen."""
     settings = config["model"]
     total = sum(p.numel() for p in model.parameters()) / 1e6
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
