@@ -491,8 +491,8 @@ class ARVideo(nn.Module):
     paper's ablations (Tables 1 and 6 to 10) change them. `mask_ratio` is the
     share of hidden tokens. `predict_after` is how many places at the start of
     the order are not predicted, 1 or more. `pretrained_clip` is for fine-tuning.
-    `predict_ratio` is not in the paper: the share of a cluster's tokens that is
-    predicted in a step.
+    `predict_ratio` is not in the paper: the share of each cluster's tokens that is
+    predicted, drawn anew in every training step.
     Raises ValueError where sizes do not fit or a value is out of range.
     """
 

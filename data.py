@@ -506,7 +506,8 @@ def refuse_damaged(frame):
 def read_packets(container, stream):
     """The stream's packets. If the file is broken somewhere, those before that place.
 
-    Reading them is cheap, and they tell more than a header, which may be wrong.
+    Reading them is cheap, and tells the number of frames and their times more reliably than
+    a header does.
     """
     packets = []
     is_broken = False
@@ -604,7 +605,7 @@ def packets_needed(packets, wanted):
         key_frame_before.append(i if packet.is_keyframe else key_frame_before[-1])
 
     # Frames with the same key frame to start at share one run of packets
-    last_needed = {}                    # {number of its first packet: number of its last}
+    run_end = {}                        # {first packet of a run: last packet of that run}
     for pts in wanted:
         end = number_of[pts]
         # Go back over key frames that are shown after the wanted frame. This ends at the first
@@ -612,8 +613,8 @@ def packets_needed(packets, wanted):
         start = key_frame_before[end]
         while packets[start].pts > pts:
             start = key_frame_before[start - 1]
-        last_needed[start] = max(end, last_needed.get(start, 0))
-    return {i for start, end in last_needed.items() for i in range(start, end + 1)}
+        run_end[start] = max(end, run_end.get(start, 0))
+    return {i for start, end in run_end.items() for i in range(start, end + 1)}
 
 
 def decode_indexed(decoder, packets, wanted, convert):
@@ -731,11 +732,10 @@ def orientation(frame):
     """(transpose, flip vertically, flip horizontally): what turns a frame upright.
 
     Three booleans, for three steps in this order. They follow from the display matrix of
-    the frame's file, which takes a point (x, y) to (a x + c y, b x + d y); y points down. A
-    turn that is no multiple of 90 degrees is rounded to one. For example, a phone held
-    upright stores frames that lie on their side, with b > 0 and c < 0. The result is
-    (True, False, True): a transpose and a horizontal flip, which together turn a frame
-    clockwise by 90 degrees.
+    the frame's file, which takes a point (x, y) to (a x + c y, b x + d y); y points down.
+    Angles are rounded to a multiple of 90 degrees. For example, a phone held upright stores
+    frames that lie on their side, with b > 0 and c < 0. The result is (True, False, True): a
+    transpose and a horizontal flip, which together turn a frame clockwise by 90 degrees.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -990,6 +990,7 @@ def warp_matrix(name, level, sign, H, W):
         "rotate": (turned_x, turned_y),
         "shear x": ((1, slope, 0), (0, 1, 0)),
         "shear y": ((1, 0, 0), (slope, 1, 0)),
+        # Minus, since the map goes from new to old: this moves right or down
         "move x": ((1, 0, -move * W), (0, 1, 0)),
         "move y": ((1, 0, 0), (0, 1, -move * H)),
     }
@@ -1012,7 +1013,7 @@ def warp(clip, matrix):
     outside = (from_x < 0) | (from_x >= W) | (from_y < 0) | (from_y >= H)
     column = (from_x - 0.5).floor().int()
     row = (from_y - 0.5).floor().int()
-    # How far the point lies beyond the middle of pixel (column, row): 0 to 1 of the way to the next
+    # The point's distance from the middle of pixel (column, row), as a share of the way to the next
     to_right = (from_x - 0.5 - column).flatten()
     down = (from_y - 0.5 - row).flatten()
 
@@ -1072,8 +1073,9 @@ def rand_augment(clip, operations):
     """A uint8 clip [T, 3, H, W] after these operations, the same for all its frames.
 
     The operations are those of Pillow, which timm and VideoMAE use, but warps are always
-    bilinear (VideoMAE's are bicubic). The pixels equal Pillow's but for one grey level where
-    Pillow rounds an intermediate result, and for more where a warp meets a frame's border.
+    bilinear (VideoMAE's are bicubic). Pixels differ from Pillow's by at most one grey level,
+    where Pillow rounds an intermediate result, and by more only where a warp meets a frame's
+    border.
     """
     clip = clip.contiguous()            # as warp needs it
     for name, level, sign in operations:
@@ -1139,7 +1141,7 @@ def normalise(clips, device):
 class Sample(NamedTuple):
     """What is read of one listed video: R clips, uint8 [R, 3, T, size, size].
 
-    (In this file R counts the clips of a video, not the predicted tokens of arvideo.py.)
+    (In this file R counts the clips or views of a video, not arvideo.py's predicted tokens.)
     `clips` is None if no video could be read. The label is a class number, or -1.
     `unreadable` holds the reasons of all videos that were tried and could not be read.
     """
@@ -1298,7 +1300,7 @@ def start_loading(loader):
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
         # Below, SIGTERM is blocked while the server starts. The server needs Python's resource
-        # tracker, and to start that unblocks SIGTERM. So start it now.
+        # tracker, and starting the tracker unblocks SIGTERM. So start the tracker now.
         resource_tracker.ensure_running()
 
     # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
@@ -1577,9 +1579,9 @@ def shrink_video(job, short_side, key_frames):
 
     The short side has at most `short_side` pixels, rounded to an even number. A key frame
     comes at least every `key_frames`.
-    Frames, the times between them and the shape of pixels stay, but times that do not grow
-    are corrected. A rotation or reflection that the file asks for is carried out. The first
-    frame's time becomes zero.
+    The number of frames, the times between them and the pixels' aspect ratio stay, but times
+    that do not grow are corrected. A rotation or reflection that the file asks for is carried
+    out. The first frame's time becomes zero.
     """
     source, target = job
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -189,8 +189,8 @@ def load_weights(model, path, classes):
             origin = f"{path} after {key} {content[key]}"
 
     # The same model and classes: take everything. A checkpoint without class names, such as
-    # VideoMAE's, is judged by the names and shapes of its tensors alone. If the training list had
-    # no class names, they are "0", "1" and so on: then only how many there are is compared.
+    # VideoMAE's, is judged by the names and shapes of its tensors alone. Lists without class names
+    # have the classes "0", "1" and so on. So two such lists agree if they have as many classes.
     own = model.state_dict()
     model_class = type(model).__name__
     if (content.get("classes", classes) == classes
