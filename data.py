@@ -260,8 +260,8 @@ def read_class_names(path):
 
 def refuse_other_names(source, names, classes):
     """UserError if `names`, the content of classes.txt, are not the known `classes`."""
-    # If the known classes are "0", "1", "2" and so on, they come from a list without names. Then
-    # any names in classes.txt will do.
+    # Training calls the classes of a list without classes.txt "0", "1", "2" and so on. Then any
+    # names in this classes.txt will do.
     if classes == [str(number) for number in range(len(classes))]:
         return
     for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
@@ -278,9 +278,9 @@ def refuse_misleading_names(source, classes):
     """
     for number, name in enumerate(classes):
         if name.isdecimal() and int(name) != number:
-            raise UserError(f"{source}: a label {number} would mean the known class '{name}'. Make "
-                            "all of data.train, data.val and data.test lists, or all of them "
-                            "folders, or put a classes.txt beside this list")
+            raise UserError(f"{source}: a label {number} would mean the known class '{name}'. Use "
+                            "lists for data.train, data.val and data.test, or folders for all of "
+                            "them, or put a classes.txt beside this list")
 
 
 def find_file(name, folders):
@@ -389,8 +389,9 @@ def read_annotations(source, root="", classes=None):
             named = read_list(source, text, folders)
             find = partial(find_file, folders=folders)
             names = read_class_names(source.with_name("classes.txt"))
-            # Labels of a list are class numbers. If classes are known already, these numbers must
-            # mean the same classes: by classes.txt if there is one, else by the known names.
+            # Labels of a list are class numbers. If classes are known already, the numbers must
+            # mean the same classes. A classes.txt must have the known names. Without it, no known
+            # name may be another number than its own.
             has_labels = named and named[0][1] is not None
             if has_labels and classes and names:
                 refuse_other_names(source, names, classes)
@@ -746,8 +747,8 @@ def orientation(frame):
         return False, False, False
     if abs(a * d) > abs(b * c):         # nearer to 0 or 180 degrees than to 90 or 270
         return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
-    # The matrix takes (x, y) to (c y, b x), and the transpose takes it to (y, x). The signs remain:
-    # a negative b flips the new y (vertically), a negative c the new x (horizontally).
+    # The matrix takes (x, y) to (c y, b x). The transpose alone takes (x, y) to (y, x). The signs are
+    # left: a negative b flips the new y (vertically), a negative c the new x (horizontally).
     return True, b < 0, c < 0
 
 
@@ -977,7 +978,7 @@ def change_colours(frame, name, level, sign):
 def warp_matrix(name, level, sign, H, W):
     """The matrix of one operation of RandAugment, or None if it is no warp.
 
-    It takes a pixel's new place to the old place that its value comes from, as warp needs it.
+    It maps coordinates of the output to coordinates of the input, as warp needs it.
     """
     slope = 0.3 * level * sign
     move = 0.45 * level * sign
@@ -990,7 +991,7 @@ def warp_matrix(name, level, sign, H, W):
         "rotate": (turned_x, turned_y),
         "shear x": ((1, slope, 0), (0, 1, 0)),
         "shear y": ((1, 0, 0), (slope, 1, 0)),
-        # Minus, since the map goes from new to old: this moves right or down
+        # Minus, since the map goes from output to input: this moves right or down
         "move x": ((1, 0, -move * W), (0, 1, 0)),
         "move y": ((1, 0, 0), (0, 1, -move * H)),
     }
@@ -998,9 +999,9 @@ def warp_matrix(name, level, sign, H, W):
 
 
 def warp(clip, matrix):
-    """A warped clip: pixel (x, y) is taken from the place matrix @ (x, y, 1) of the old one.
+    """A warped clip: output pixel (x, y) is sampled from the input at matrix @ (x, y, 1).
 
-    Bilinear, and grey if that place lies outside. torchvision's affine() took 1.2 to 3 times
+    Bilinear, and grey if that lies outside. torchvision's affine() took 1.2 to 3 times
     as long. The clip must be contiguous.
     """
     H, W = clip.shape[-2:]
@@ -1074,8 +1075,8 @@ def rand_augment(clip, operations):
 
     The operations are those of Pillow, which timm and VideoMAE use, but warps are always
     bilinear (VideoMAE's are bicubic). Pixels differ from Pillow's by at most one grey level,
-    where Pillow rounds an intermediate result, and by more only where a warp meets a frame's
-    border.
+    because Pillow rounds intermediate results. Only where a warp meets a frame's border do
+    they differ by more.
     """
     clip = clip.contiguous()            # as warp needs it
     for name, level, sign in operations:
@@ -1259,7 +1260,7 @@ def training_order(size, batch, first_step, end_step, seed, rank, world_size):
 
 
 def end_with(process):
-    """End this worker once the process that it works for has ended, however that ended."""
+    """End this worker once the process that it works for has ended, even if it was killed."""
     wait([process.sentinel])
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -1305,7 +1306,7 @@ def start_loading(loader):
 
     # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
     # inherits which signals are blocked. So this process blocks SIGTERM while the DataLoader starts
-    # the server. If one comes meanwhile, it is delivered when SIGTERM is unblocked.
+    # the server. A SIGTERM that comes meanwhile is delivered once it is unblocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         batches = iter(loader)
@@ -1346,7 +1347,8 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# Four numbers for each class: how far the window moves from one frame to the next, at speed 1.
+# A clip of the toy set shows what is seen through a window that moves over a still texture. Four
+# numbers for each class: how far the window moves from one frame to the next, at speed 1.
 # Right and down (pixels of the texture), clockwise (radians), and growth (of the logarithm of its
 # size). A class is named for what one sees in the window, which is the opposite motion.
 TOY_MOTIONS = {
@@ -1564,7 +1566,7 @@ def write_shrunk(source, target, short_side, key_frames):
             frame = reformat(frame, "yuv420p", width=output.width, height=output.height)
             last = max(pts - start, last + 1)           # times that do not grow are corrected
             frame.pts = last
-            frame.time_base = output.codec_context.time_base    # the unit of pts
+            frame.time_base = output.codec_context.time_base    # as the source's
             frame.pict_type = 0                         # let x264 choose its key frames
             writer.mux(output.encode(frame))
             count += 1
@@ -1577,8 +1579,8 @@ def write_shrunk(source, target, short_side, key_frames):
 def shrink_video(job, short_side, key_frames):
     """Re-encode a video (source, target) as H.264 without audio. Returns None or the reason.
 
-    The short side has at most `short_side` pixels, rounded to an even number. A key frame
-    comes at least every `key_frames`.
+    The short side has at most `short_side` pixels, rounded to an even number. There are
+    at most `key_frames` frames from one key frame to the next.
     The number of frames, the times between them and the pixels' aspect ratio stay, but times
     that do not grow are corrected. A rotation or reflection that the file asks for is carried
     out. The first frame's time becomes zero.

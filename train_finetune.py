@@ -637,9 +637,9 @@ def print_start(config, model, lists, origin, lines):
 
 
 def train_classifier(config, machine, model, lists):
-    """Fine-tune or probe; then the model holds last.pt's weights.
+    """Fine-tune or probe. Returns False if the run was finished before.
 
-    Returns False if the run was finished before.
+    In any case the model then holds the weights of last.pt.
     """
     run = config["run"]
     settings = config["finetune"]

@@ -224,8 +224,8 @@ def load_config(arguments, stage):
         if not dot:
             raise UserError(f"'{argument}' is not of the form section.key=value")
         # The value is read as YAML, which makes numbers, lists and truth values. Only where the
-        # default is a text, it stays a text, even run.output=2024. AUTO's settings are read as
-        # YAML, though "auto" is a text.
+        # default is a text, it stays a text, even run.output=2024. The settings in
+        # AUTO are an exception: their default, "auto", is a text, but they are read as YAML.
         is_text = isinstance(config.get(section, {}).get(key), str) and name not in AUTO
         if not is_text:
             # What is no YAML stays a text, and is refused below
