@@ -260,8 +260,8 @@ def read_class_names(path):
 
 def refuse_other_names(source, names, classes):
     """UserError if `names`, the content of classes.txt, are not the known `classes`."""
-    # Training calls the classes of a list without classes.txt "0", "1", "2" and so on. Then any
-    # names in this classes.txt will do.
+    # If the training list had no classes.txt, the known classes are just "0", "1", "2" and so on.
+    # They say nothing that the names in this classes.txt could contradict.
     if classes == [str(number) for number in range(len(classes))]:
         return
     for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
@@ -390,8 +390,8 @@ def read_annotations(source, root="", classes=None):
             find = partial(find_file, folders=folders)
             names = read_class_names(source.with_name("classes.txt"))
             # Labels of a list are class numbers. If classes are known already, the numbers must
-            # mean the same classes. A classes.txt must have the known names. Without it, no known
-            # name may be another number than its own.
+            # mean the same classes. A classes.txt must have the known names. Without it, a known
+            # name that is itself a number must be its class number.
             has_labels = named and named[0][1] is not None
             if has_labels and classes and names:
                 refuse_other_names(source, names, classes)
@@ -605,15 +605,15 @@ def packets_needed(packets, wanted):
         number_of[packet.pts] = i
         key_frame_before.append(i if packet.is_keyframe else key_frame_before[-1])
 
-    # Frames with the same key frame to start at share one run of packets
     run_end = {}                        # {first packet of a run: last packet of that run}
     for pts in wanted:
         end = number_of[pts]
-        # Go back over key frames that are shown after the wanted frame. This ends at the first
-        # packet at the latest, which is a key frame and shown first.
+        # If a key frame is shown after the wanted frame, take the key frame before it instead. The
+        # first packet, which is shown first, is the last one that can be reached.
         start = key_frame_before[end]
         while packets[start].pts > pts:
             start = key_frame_before[start - 1]
+        # Wanted frames that start at the same key frame share one run
         run_end[start] = max(end, run_end.get(start, 0))
     return {i for start, end in run_end.items() for i in range(start, end + 1)}
 
@@ -730,26 +730,23 @@ def decode_clips(container, stream, choose, convert):
 
 
 def orientation(frame):
-    """(transpose, flip vertically, flip horizontally): what turns a frame upright.
+    """(is mirrored, quarter turns): how a file wants a frame to be shown.
 
-    Three booleans, for three steps in this order. They follow from the display matrix of
-    the frame's file, which takes a point (x, y) to (a x + c y, b x + d y); y points down.
-    Angles are rounded to a multiple of 90 degrees. For example, a phone held upright stores
-    frames that lie on their side, with b > 0 and c < 0. The result is (True, False, True): a
-    transpose and a horizontal flip, which together turn a frame clockwise by 90 degrees.
+    It is mirrored first, left to right, and then turned clockwise by 90 degrees so many times.
+    The display matrix says so: it takes a point (x, y) to (a x + c y, b x + d y), where y
+    points down. Angles are rounded to quarter turns.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
-        return False, False, False
-    # 1 is stored as 65536, but only signs and proportions matter here
+        return False, 0
     a, b, _, c, d, *_ = struct.unpack("9i", bytes(matrix)[:36])
     if a * d == b * c:                                  # degenerate: some writers leave zeros
-        return False, False, False
-    if abs(a * d) > abs(b * c):         # nearer to 0 or 180 degrees than to 90 or 270
-        return False, d < 0, a < 0                      # (x, y) becomes (a x, d y)
-    # The matrix takes (x, y) to (c y, b x). The transpose alone takes (x, y) to (y, x). The signs are
-    # left: a negative b flips the new y (vertically), a negative c the new x (horizontally).
-    return True, b < 0, c < 0
+        return False, 0
+    is_mirrored = a * d < b * c                         # the determinant is negative
+    # Mirroring leaves the point (0, 1) where it is, and a clockwise turn takes it to (-sin, cos) of
+    # the angle. The matrix takes it to (c, d).
+    angle = math.degrees(math.atan2(-c, d))
+    return is_mirrored, round(angle / 90) % 4
 
 
 def assemble(clips, frames):
@@ -766,13 +763,14 @@ def assemble(clips, frames):
         strides = (plane.line_size, 3, 1)
         pixels[frame_id] = torch.frombuffer(plane, dtype=torch.uint8).as_strided(shape, strides)
 
-    transpose, flip_vertically, flip_horizontally = orientation(first)
-    flipped = [dim for dim, flip in ((1, flip_vertically), (2, flip_horizontally)) if flip]
+    is_mirrored, quarter_turns = orientation(first)
     tensors = []
     for clip in clips:
-        tensor = torch.stack([pixels[frame_id] for frame_id in clip])
-        tensor = tensor.transpose(1, 2) if transpose else tensor
-        tensors.append(tensor.flip(flipped) if flipped else tensor)
+        tensor = torch.stack([pixels[frame_id] for frame_id in clip])       # [T, H, W, 3]
+        if is_mirrored:
+            tensor = tensor.flip(2)
+        # rot90 turns counter-clockwise
+        tensors.append(tensor.rot90(-quarter_turns, (1, 2)) if quarter_turns else tensor)
     return tensors
 
 
@@ -838,7 +836,7 @@ def read_image_clips(folder, choose):
 
 
 def last_start(count, frames, stride):
-    """The last frame at which a window can start, of a video of `count` frames; at least 0."""
+    """In a video of `count` frames, the last one at which a window can start; at least 0."""
     return max(count - ((frames - 1) * stride + 1), 0)
 
 
@@ -1387,7 +1385,8 @@ def toy_clip(motion, generator):
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
     # its 128 pixels is 2 / 128. As y points down, a positive angle is clockwise. The window shifts
-    # along its own axes, so the shift is rotated too.
+    # along its own axes, so the shift is rotated too. (No class both shifts and turns: where there
+    # is a shift, the angle is the same in all frames.)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([right, down], 1).unsqueeze(2) * 2 / 128
     # Halfway through the clip, the window's centre is at most 0.2 from the texture's centre, along
@@ -1556,7 +1555,8 @@ def write_shrunk(source, target, short_side, key_frames):
     count = 0
     with av.open(str(target), "w", format="mp4") as writer:
         for frame, pts, stream in timed_frames(source):
-            is_turned, _, _ = orientation(frame)
+            _, quarter_turns = orientation(frame)
+            is_turned = quarter_turns % 2 == 1
             frame = upright(frame)
             if output is None:
                 output = add_shrunk_stream(
@@ -1566,7 +1566,8 @@ def write_shrunk(source, target, short_side, key_frames):
             frame = reformat(frame, "yuv420p", width=output.width, height=output.height)
             last = max(pts - start, last + 1)           # times that do not grow are corrected
             frame.pts = last
-            frame.time_base = output.codec_context.time_base    # as the source's
+            # add_shrunk_stream gave the output the source's time base, so times stay as they are
+            frame.time_base = output.codec_context.time_base
             frame.pict_type = 0                         # let x264 choose its key frames
             writer.mux(output.encode(frame))
             count += 1

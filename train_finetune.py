@@ -190,7 +190,7 @@ def load_weights(model, path, classes):
 
     # The same model and classes: take everything. A checkpoint without class names, such as
     # VideoMAE's, is judged by the names and shapes of its tensors alone. Lists without class names
-    # have the classes "0", "1" and so on. So two such lists agree if they have as many classes.
+    # have the classes "0", "1" and so on. So two such lists agree if they have equally many.
     own = model.state_dict()
     model_class = type(model).__name__
     if (content.get("classes", classes) == classes

@@ -292,7 +292,7 @@ def join_processes(device):
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the old processes. So that they
     # are not read, each restart has a prefix of its own in the store. But several machines may
-    # count their restarts differently, and would then not find one another: they use no prefix.
+    # count their restarts differently, and would then not find one another. So they use no prefix.
     # The README's troubleshooting says what to set instead.
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines == 1:
@@ -638,8 +638,8 @@ MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
 # data.train and finetune.init may be other paths, but must name the same content. So hashes of that
-# content must match: the scripts pass them to fit() as `must_match`, under the keys below. The
-# values are the messages for hashes that differ.
+# content must match. The scripts pass them to fit() as `must_match`, under the keys of HASHES. The
+# values of HASHES are the error messages for hashes that differ.
 HASHES = {
     "training_list": "data.train lists other videos, or in another order or with other labels",
     "starting_weights": "finetune.init holds other weights"}
@@ -897,8 +897,8 @@ def call_if_defined(model, method, *arguments):
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
     """Train `model` on `videos` as section `stage` says. Resume if run.output has a checkpoint.
 
-    `videos` has a length, and videos[(epoch, i)] is a data.Sample that depends on the key alone, as
-    in data.Videos. If it drew from a global generator, a resumed run would not repeat it.
+    `videos` has a length, and videos[(epoch, i)] is a data.Sample. This must depend on the key
+    alone, else a resumed run does not repeat it: data.Videos seeds the generator by the key.
     loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is what wrap_model
     gives, `batch` a data.Batch, `rows` [b] are its rows in the global batch.
     end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
