@@ -391,7 +391,7 @@ def read_annotations(source, root="", classes=None):
             names = read_class_names(source.with_name("classes.txt"))
             # Labels of a list are class numbers. If classes are known already, the numbers must
             # mean the same classes. A classes.txt must have the known names. Without it, a known
-            # name that is itself a number must be its class number.
+            # class that is named "7", say, must be class number 7.
             has_labels = named and named[0][1] is not None
             if has_labels and classes and names:
                 refuse_other_names(source, names, classes)
@@ -608,8 +608,8 @@ def packets_needed(packets, wanted):
     run_end = {}                        # {first packet of a run: last packet of that run}
     for pts in wanted:
         end = number_of[pts]
-        # If a key frame is shown after the wanted frame, take the key frame before it instead. The
-        # first packet, which is shown first, is the last one that can be reached.
+        # If a key frame is shown after the wanted frame, take the key frame before it instead. This
+        # ends at packet 0 at the latest: it is a key frame and shown first.
         start = key_frame_before[end]
         while packets[start].pts > pts:
             start = key_frame_before[start - 1]
@@ -743,8 +743,9 @@ def orientation(frame):
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, 0
     is_mirrored = a * d < b * c                         # the determinant is negative
-    # Mirroring leaves the point (0, 1) where it is, and a clockwise turn takes it to (-sin, cos) of
-    # the angle. The matrix takes it to (c, d).
+    # The matrix takes the point (0, 1) to (c, d). Mirroring does not move that point, and a
+    # clockwise turn by an angle A takes it to (-sin A, cos A). So -c and d are in the ratio of sine
+    # and cosine.
     angle = math.degrees(math.atan2(-c, d))
     return is_mirrored, round(angle / 90) % 4
 
@@ -982,7 +983,8 @@ def warp_matrix(name, level, sign, H, W):
     move = 0.45 * level * sign
     cosine = math.cos(math.radians(30 * level))
     sine = math.sin(math.radians(30 * level * sign))
-    # The last of three numbers keeps the middle of the frame, (W/2, H/2), where it is
+    # Each row is (factor of x, factor of y, offset). The offsets of a rotation keep the middle of
+    # the frame, (W/2, H/2), where it is.
     turned_x = (cosine, sine, (W - cosine * W - sine * H) / 2)
     turned_y = (-sine, cosine, (H + sine * W - cosine * H) / 2)
     matrices = {
@@ -1267,9 +1269,9 @@ def begin_worker(_):
     """For workers: the process that they work for decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # parent_process() is the process that the worker works for. Under "fork" it is also the
-    # system's parent, and torch itself ends a worker whose system parent has ended. Under
-    # "forkserver" the system's parent is the fork server, which lives as long as its workers do. So
+    # parent_process() is the process that the worker works for. Under "fork" it is also the parent
+    # in the operating system, os.getppid(), and torch itself ends a worker whose getppid() has
+    # changed. Under "forkserver" that is the fork server, which lives as long as its workers do. So
     # in that case a thread watches parent_process().
     process = multiprocessing.parent_process()
     if process.pid != os.getppid():
@@ -1289,7 +1291,7 @@ def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
     # kill_workers is registered here and not on import. If this process was itself forked by
     # multiprocessing, it has lost what was registered before the fork (Python 3.13 and later).
-    # Unregistered first, it is registered only once.
+    # unregister() comes first, so that a second call does not register it twice.
     atexit.unregister(kill_workers)
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
@@ -1298,8 +1300,9 @@ def start_loading(loader):
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # Below, SIGTERM is blocked while the server starts. The server needs Python's resource
-        # tracker, and starting the tracker unblocks SIGTERM. So start the tracker now.
+        # A SIGTERM must not reach the server (see below), so SIGTERM is blocked while it starts.
+        # But it needs Python's resource tracker, and starting the tracker unblocks SIGTERM. So
+        # start the tracker now.
         resource_tracker.ensure_running()
 
     # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
@@ -1345,10 +1348,10 @@ def load_batches(
 
 # --- The toy set: eight motions of a random texture -------------------------
 
-# A clip of the toy set shows what is seen through a window that moves over a still texture. Four
-# numbers for each class: how far the window moves from one frame to the next, at speed 1.
-# Right and down (pixels of the texture), clockwise (radians), and growth (of the logarithm of its
-# size). A class is named for what one sees in the window, which is the opposite motion.
+# A clip of the toy set shows what is seen through a window that moves over a still texture. The
+# four numbers of a class say how the window moves from one frame to the next at speed 1: how far
+# to the right and down (pixels of the texture), how far clockwise (radians), and how much it grows
+# (the logarithm of its size). The class is named for the opposite, which is what one sees.
 TOY_MOTIONS = {
     "left": (1, 0, 0, 0), "right": (-1, 0, 0, 0), "up": (0, 1, 0, 0), "down": (0, -1, 0, 0),
     "clockwise": (0, 0, -0.10, 0), "anticlockwise": (0, 0, 0.10, 0),
@@ -1499,7 +1502,7 @@ def upright(frame):
     """The frame, turned and mirrored as its file asks."""
     if not any(orientation(frame)):
         return frame
-    # assemble turns it, as a clip of one frame. The reformatted frame still carries its matrix.
+    # assemble() turns it, since reformat() keeps the display matrix. This is a clip of one frame.
     clips = assemble(clips=[[0]], frames={0: reformat(frame)})
     pixels = clips[0][0].contiguous()                   # [H, W, 3]
     return av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")

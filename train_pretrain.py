@@ -143,7 +143,7 @@ def set_value(config, section, key, value):
 def check_ranges(config):
     """UserError for a choice that does not exist, or a number out of range.
 
-    ARVideo itself checks the choices and shares of section `model`; see build_arvideo.
+    The choices and ratios of section `model` are checked by ARVideo; see build_arvideo.
     """
     for section, values in config.items():
         for key, value in values.items():
@@ -182,7 +182,8 @@ def fill_in_names(config, presets, stage, init_is_given):
     # begins from runs/toy/pretrain. If all presets are such, none is left out: `linear` alone
     # begins from runs/linear/pretrain.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
-    # 1. and 3. are in finetune.init already
+    # finetune.init already holds 1., or else 3. So 2. replaces it unless the command line gave it,
+    # and 4. fills it if it is empty.
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
     if not finetune["init"]:
@@ -288,12 +289,12 @@ def choose_device(name):
 
 def join_processes(device):
     """Join the other processes that torchrun has started."""
-    # As init_process_group would do by itself, but the store is needed below
+    # init_process_group would call rendezvous() by itself. It is called here for its store.
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the old processes. So that they
-    # are not read, each restart has a prefix of its own in the store. But several machines may
-    # count their restarts differently, and would then not find one another. So they use no prefix.
-    # The README's troubleshooting says what to set instead.
+    # are not read, each restart has a prefix of its own in the store. With several machines there
+    # is no prefix: they may count their restarts differently, and would then not find one another.
+    # What to set there is in the README's troubleshooting.
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines == 1:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -633,7 +634,7 @@ class Log:
 # What may differ when a run resumes:
 # - section `run`, except the seed
 # - the section of the other stage
-# - these keys in the sections `data`, `model` and that of its own stage
+# - in the sections `data`, `model` and the run's own stage, these keys
 MAY_CHANGE = {
     "root", "train", "val", "test", "max_unreadable", "checkpointing", "init", "epochs",
     "picture_epochs", "keep_epochs", "validate_epochs", "test_clips", "test_crops", "test_only"}
@@ -699,7 +700,7 @@ class Training:
         if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
             raise UserError(f"{self.path} is not a checkpoint that a run can resume from: choose "
                             "another run.output")
-        # An older checkpoint lacks what was added since, here and below
+        # What an older checkpoint does not hold yet is not compared, here and among the settings
         pairs = {name: (value, checkpoint[name]) for name, value in self.must_match.items()
                  if name in checkpoint}
         saved = checkpoint["config"]
@@ -734,8 +735,8 @@ class Training:
 
     def require_finite(self, loss, norm, lr):
         """Stop if the loss or the gradient is not finite; the last checkpoint stays good."""
-        # In fp16 an infinite norm now and then is normal: the scaler has scaled the gradient up too
-        # far, skips the update and halves its scale. At a scale of 1 the gradient itself is too
+        # In fp16 an occasional infinite norm is harmless: the scaler has scaled the gradient up too
+        # far, skips this update and halves its scale. At a scale of 1 the gradient itself is too
         # large for fp16.
         scaler = self.machine.scaler
         can_recover = scaler.is_enabled() and scaler.get_scale() > 1
@@ -897,8 +898,8 @@ def call_if_defined(model, method, *arguments):
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
     """Train `model` on `videos` as section `stage` says. Resume if run.output has a checkpoint.
 
-    `videos` has a length, and videos[(epoch, i)] is a data.Sample. This must depend on the key
-    alone, else a resumed run does not repeat it: data.Videos seeds the generator by the key.
+    `videos` has a length, and videos[(epoch, i)] is a data.Sample. The Sample must depend on the
+    key alone, so that a resumed run reads the same. (data.Videos seeds the generator by the key.)
     loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is what wrap_model
     gives, `batch` a data.Batch, `rows` [b] are its rows in the global batch.
     end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
