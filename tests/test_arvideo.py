@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import StochasticDepth
 
 import arvideo
 from arvideo import ARVideo, Encoder, cubes_to_video, take, video_to_cubes
@@ -179,6 +180,16 @@ def test_random_order_is_a_permutation_of_its_own_for_every_sample():
     # How often each cluster is at each place: always about 1/16
     share = F.one_hot(order, 16).float().mean(0)                # [M places, M clusters]
     assert (share - 1 / 16).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("kind", arvideo.ORDERS)
+def test_a_draw_depends_on_its_generator_alone(kind):
+    model = small_model(order=kind, predict_ratio=0.5)
+    first = model.draw(2, torch.Generator().manual_seed(7))
+    again = model.draw(2, torch.Generator().manual_seed(7))
+    assert len(first) == 3
+    for one, other in zip(first, again):
+        assert torch.equal(one, other)
 
 
 # --- Causality, and one pass instead of many --------------------------------
@@ -430,6 +441,48 @@ def test_reconstruction_puts_predictions_and_visible_cubes_where_they_belong():
     assert (shown[tokens] == 0).all()
     torch.testing.assert_close(
         predicted[tokens].mean(-1), cubes[tokens].mean(-1), atol=0.6, rtol=0)
+
+
+def test_every_parameter_takes_part_in_the_loss():
+    model = small_model(decoder_self_attention=True)
+    model(small_video(), *model.draw(2)).backward()
+    unused = [name for name, parameter in model.named_parameters()
+              if parameter.grad is None or not parameter.grad.any()]
+    assert unused == []
+
+
+# --- Layers -----------------------------------------------------------------
+
+
+def test_linear_layers_begin_xavier_uniform_without_bias():
+    for name, layer in small_model(decoder_self_attention=True).named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = math.sqrt(6 / sum(layer.weight.shape))
+            assert 0.95 * bound < layer.weight.abs().max().item() <= bound, name
+            assert layer.bias is None or not layer.bias.any(), name
+
+
+@pytest.mark.parametrize("kind", arvideo.POSITIONS)
+def test_encoder_and_decoder_have_the_positions_asked_for(kind):
+    model = small_model(positions=kind)
+    for part, width in ((model.encoder, 32), (model.decoder, 24)):
+        assert torch.equal(part.positions, arvideo.position_table(model.grid, width, kind))
+
+
+def test_the_bias_of_v_is_added_to_every_value():
+    """Weights of attention sum to one, so it shifts the output by a constant."""
+    layer = arvideo.SelfAttention(32, 4)
+    x = torch.randn(2, 5, 32)
+    before = layer(x)
+    torch.nn.init.normal_(layer.v_bias)
+    torch.testing.assert_close(layer(x), before + layer.v_bias @ layer.proj.weight.T)
+
+
+def test_stochastic_depth_drops_both_branches_of_a_block():
+    block = arvideo.EncoderBlock(32, 4, 4.0)
+    block.drop_path = StochasticDepth(1.0, "row")
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(block.train()(x), x)
 
 
 # --- The rows of Table 1 ----------------------------------------------------

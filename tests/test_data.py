@@ -12,6 +12,7 @@ import time
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -314,6 +315,14 @@ def test_two_thousand_reads_leave_no_descriptor_behind(tmp_path):
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def test_a_frame_shown_before_a_key_frame_is_decoded_from_the_key_frame_before():
+    """An open group of pictures, in the order of the file. Key frames are shown at 0 and 4."""
+    packets = [SimpleNamespace(pts=pts, is_keyframe=pts in (0, 4)) for pts in (0, 1, 4, 2, 3, 5)]
+    assert data.packets_needed(packets, {2}) == {0, 1, 2, 3}
+    assert data.packets_needed(packets, {5}) == {2, 3, 4, 5}
+    assert data.packets_needed(packets, {1, 5}) == {0, 1, 2, 3, 4, 5}
+
+
 # --- Annotations ------------------------------------------------------------
 
 
@@ -474,6 +483,17 @@ def test_annotations_that_are_no_text_or_absent_are_named(tmp_path):
         read_annotations(tmp_path / "gone.txt")
 
 
+def test_something_somethings_classes_are_in_the_order_of_their_numbers(tmp_path):
+    # Neither the order of the file nor that of the numbers as text, in which 10 precedes 2
+    numbers = {f"Class {letter}": str(10 - i) for i, letter in enumerate("abcdefghijk")}
+    write(tmp_path / "labels.json", json.dumps(numbers))
+    write(tmp_path / "7.webm", "")
+    source = write(tmp_path / "train.json", json.dumps([{"id": "7", "template": "Class [i]"}]))
+    entries, classes = read_annotations(source)
+    assert classes == [f"Class {letter}" for letter in "kjihgfedcba"]
+    assert names(entries) == [("7.webm", 2)]
+
+
 # --- Choosing frames, augmentation ------------------------------------------
 
 
@@ -511,6 +531,45 @@ def test_multi_scale_crop_takes_videomaes_sizes_and_positions():
 def test_tiny_videos_can_be_cropped():
     pixel = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
     assert data.pretraining_clip(pixel, 32, flip=False).shape == (2, 3, 32, 32)
+
+
+def test_the_frames_of_segments_are_drawn_independently():
+    torch.manual_seed(0)
+    offsets = torch.tensor(data.segment_clips(1600, 16, 200)) % 100             # [200, 16]
+    assert (offsets.float().std(1) > 10).all()
+    assert offsets.min() < 5
+    assert offsets.max() > 94
+
+
+def test_a_flip_swaps_left_and_right_half_the_time():
+    torch.manual_seed(0)
+    clip = torch.arange(6).view(1, 1, 2, 3)
+    flipped = [data.random_flip(clip) for _ in range(400)]
+    same = sum(torch.equal(result, clip) for result in flipped)
+    mirrored = sum(torch.equal(result, clip[..., [2, 1, 0]]) for result in flipped)
+    assert same + mirrored == 400
+    assert 150 < same < 250
+
+
+@pytest.mark.parametrize("flip, outcomes", [(False, 1), (True, 2)])
+def test_crop_area_can_ask_for_the_whole_frame_and_only_flip_mirrors(flip, outcomes):
+    torch.manual_seed(0)
+    clip = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    found = {data.finetuning_clip(clip, 32, flip, [1.0, 1.0], (0, 0.0), 0.0).numpy().tobytes()
+             for _ in range(30)}
+    assert clip.numpy().tobytes() in found
+    assert len(found) == outcomes
+
+
+def test_half_of_the_operations_are_kept_with_strengths_around_the_magnitude():
+    torch.manual_seed(0)
+    operations, levels, signs = zip(*data.draw_operations(4000, 7.0))
+    assert 1850 < len(operations) < 2150
+    assert set(operations) == set(data.RAND_AUGMENT)
+    assert set(signs) == {1, -1}
+    levels = torch.tensor(levels)
+    assert levels.mean().item() == pytest.approx(0.7, abs=0.01)
+    assert levels.std().item() == pytest.approx(0.05, abs=0.005)
 
 
 WARPS = {"rotate", "shear x", "shear y", "move x", "move y"}
@@ -856,6 +915,13 @@ def test_shrink_keeps_frames_and_times(to_shrink, tmp_path):
     upright = read_frames(to_shrink / "turned.mp4", 0).float()
     turned = read_frames(target / "turned.mp4", 0).float()
     assert (turned - upright).abs().mean() < 12
+
+
+def test_shrink_enlarges_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in" / "a.mp4")
+    assert data.shrink(tmp_path / "in", tmp_path / "out", 96, 8, workers=0) == []
+    assert read_frames(tmp_path / "out" / "a.mp4", 0).shape == (1, 48, 64, 3)
 
 
 def test_shrink_leaves_alone_what_is_done(to_shrink, tmp_path, capsys):

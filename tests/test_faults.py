@@ -486,6 +486,9 @@ PRETRAIN = [
     ("data.root={bad}/nowhere", "nowhere: there is no such folder"),
     # The run of another configuration, and the machine
     ("run.output={finished} pretrain.lr=1.0", "pretrain.lr is 1.0, was 0.006"),
+    ("run.output={finished} data.stride=2", "data.stride is 2, was 1"),
+    ("run.output={finished} model.mask_ratio=0.5", "model.mask_ratio is 0.5, was 0.8"),
+    ("run.output={finished} run.seed=1", "run.seed is 1, was 0"),
     ("run.output={finished} data.train={bad}/fewer.txt", "videos is 8, was 24"),
     ("run.output={finished} data.train={bad}/reversed.txt data.root={toy}",
      "data.train lists other videos, or in another order"),

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import CutMix, MixUp
 
 import data
 import train_finetune
+import train_pretrain
 from arvideo import ARVideo, pretrained_encoder, video_to_cubes
 from data import UserError
 from train_finetune import (
@@ -246,6 +247,28 @@ def test_weights_that_do_not_fit_are_refused_by_name(pretrained, tmp_path, chang
         load_weights(build_model(config, 8), path, None)
 
 
+RECIPES = {
+    "k400": dict(epochs=100, batch=512, lr=1e-3, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05,
+                 betas=[0.9, 0.999], layer_decay=0.75, drop_path=0.1, head_dropout=0.0,
+                 label_smoothing=0.1, mixup=0.8, cutmix=1.0, rand_augment=[4, 7.0], erase=0.25,
+                 flip=True),
+    "ssv2": dict(epochs=50, batch=512, lr=5e-4, layer_decay=0.75, drop_path=0.1, erase=0.25,
+                 flip=False),
+    "hmdb51": dict(batch=128, clips_per_video=2, lr=5e-4, min_lr=1e-5, layer_decay=0.7,
+                   drop_path=0.2, head_dropout=0.5, flip=True),
+    "k400 linear": dict(epochs=20, lr=2e-2, weight_decay=0.0, label_smoothing=0.0, mixup=0.0,
+                        cutmix=0.0, rand_augment=[0, 0.0], erase=0.0),
+    "k400 attentive": dict(epochs=20, lr=1e-3, weight_decay=0.05, label_smoothing=0.0, mixup=0.0,
+                           cutmix=0.0, rand_augment=[0, 0.0], erase=0.0)}
+RECIPES["ucf101"] = RECIPES["hmdb51"]
+
+
+@pytest.mark.parametrize("presets", RECIPES)
+def test_presets_have_the_recipes_of_videomae_and_v_jepa(presets):
+    settings = load_config(presets.split(), "finetune")["finetune"]
+    assert {key: settings[key] for key in RECIPES[presets]} == RECIPES[presets]
+
+
 # --- How a run begins -------------------------------------------------------
 
 
@@ -317,6 +340,18 @@ def save_settings(path, config, **about):
     """A checkpoint without weights that matter, made with these settings."""
     torch.save(dict(model={"head.weight": torch.zeros(8, 32)}, config=config, **about), path)
     return path
+
+
+def test_dropout_precedes_the_head_in_training_alone():
+    torch.manual_seed(0)
+    model = build_model(tiny_config("finetune.head_dropout=0.5"), 8)
+    video = torch.randn(2, 3, 8, 32, 32)
+    seen = []
+    model.head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.train()(video)
+    model.eval()(video)
+    assert 0.3 < (seen[0] == 0).float().mean() < 0.7
+    assert not (seen[1] == 0).any()
 
 
 def test_a_forks_classifier_is_not_taken_for_ours(tmp_path, monkeypatch):
@@ -503,6 +538,128 @@ def test_augmentation_is_the_same_in_all_frames():
         changed += not torch.equal(whole, frame)
     # All four operations are left out once in sixteen
     assert changed > 45
+
+
+def test_mixup_and_cutmix_take_turns():
+    torch.manual_seed(0)
+    taken = []
+
+    def recorded(name):
+        def mix(clips, labels):
+            taken.append(name)
+            return clips, labels
+        return mix
+
+    for _ in range(100):
+        train_finetune.mix_videos(torch.zeros(2, 3, 1, 4, 4), torch.arange(2),
+                                  [recorded("mixup"), recorded("cutmix")], repeats=1)
+    assert 30 < taken.count("mixup") < 70
+
+
+# --- A run in the test's own process ----------------------------------------
+
+
+def finetune_here(toy, output, *arguments):
+    """Fine-tune on 24 videos: 3 steps an epoch, 2 epochs."""
+    train_finetune.finetune(tiny_config(
+        *toy_lists(toy), "finetune.init=scratch", "run.workers=0", f"run.output={output}",
+        *arguments))
+
+
+def test_every_micro_batch_mixes_and_drops_by_a_seed_of_its_own(toy, tmp_path, monkeypatch):
+    seeds = []
+
+    class Recorder(train_finetune.Classifier):
+        def forward(self, video):
+            if self.training:
+                seeds.append(torch.initial_seed())
+            return super().forward(video)
+
+    monkeypatch.setattr(train_finetune, "Classifier", Recorder)
+    finetune_here(toy, tmp_path, "run.max_batch=4")
+    assert len(seeds) == len(set(seeds)) == 2 * 3 * 2       # epochs x steps x micro-batches
+
+
+def test_mixup_and_cutmix_have_parameters_of_their_own(toy, tmp_path, monkeypatch):
+    asked = {}
+
+    def recorded(name, kind):
+        def make(alpha, num_classes):
+            asked[name] = alpha
+            return kind(alpha=alpha, num_classes=num_classes)
+        return make
+
+    monkeypatch.setattr(train_finetune, "MixUp", recorded("mixup", MixUp))
+    monkeypatch.setattr(train_finetune, "CutMix", recorded("cutmix", CutMix))
+    finetune_here(toy, tmp_path, "finetune.mixup=0.4", "finetune.cutmix=0.7", "finetune.epochs=1")
+    assert asked == {"mixup": 0.4, "cutmix": 0.7}
+
+
+def test_label_smoothing_changes_the_loss(toy, tmp_path):
+    """For logits of about zero it would not, so the classifier is sure of its class."""
+    class Sure(train_finetune.Classifier):
+        def forward(self, video):
+            return super().forward(video) + 9 * torch.eye(8)[0]
+
+    losses = []
+    for smoothing in (0.0, 0.5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_finetune, "Classifier", Sure)
+            finetune_here(toy, tmp_path / str(smoothing), "finetune.epochs=1",
+                          f"finetune.label_smoothing={smoothing}")
+        first, *_ = (tmp_path / str(smoothing) / "log.jsonl").read_text().splitlines()
+        losses.append(json.loads(first)["loss"])
+    # Half of each target moves to the mean over the classes: one eighth of it is class 0
+    assert losses[0] != pytest.approx(losses[1], abs=0.1)
+
+
+def test_layers_learn_at_rates_of_their_own(toy, tmp_path):
+    finetune_here(toy, tmp_path, "finetune.layer_decay=0.5", "finetune.epochs=1")
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    rates = {group["lr"] for group in checkpoint["optimizer"]["param_groups"]}
+    top = max(rates)
+    assert top > 0
+    # Head, two blocks and the cube embedding
+    assert {rate / top for rate in rates} == {1, 0.5, 0.25, 0.125}
+
+
+def test_validation_takes_data_val_and_the_test_data_test(toy, tmp_path, monkeypatch):
+    counts = []
+    modes = []
+
+    def record(model, entries, *settings, **views):
+        counts.append(len(entries))
+        results = evaluate(model, entries, *settings, **views)
+        modes.append(model.training)
+        return results
+
+    monkeypatch.setattr(train_finetune, "evaluate", record)
+    finetune_here(toy, tmp_path, f"data.test={toy / 'train.txt'}")
+    assert counts == [13, 13, 24]           # two validations, then the test
+    assert modes == [False] * 3
+
+
+def test_a_checkpoint_follows_every_validation(toy, tmp_path, monkeypatch):
+    written = []
+    save = train_pretrain.save_checkpoint
+
+    def record(path, content):
+        written.append((path.name, content["step"]))
+        save(path, content)
+
+    monkeypatch.setattr(train_pretrain, "save_checkpoint", record)
+    finetune_here(toy, tmp_path, "run.save_minutes=1000")
+    assert written == [("last.pt", 3), ("last.pt", 6)]
+
+
+def test_a_resumed_run_keeps_the_best_weights(toy, tmp_path, monkeypatch):
+    measure = train_finetune.accuracy
+    for epochs, top1 in ((1, 50.0), (2, 40.0)):
+        monkeypatch.setattr(train_finetune, "accuracy",
+                            lambda *results, top1=top1: {**measure(*results), "top1": top1})
+        finetune_here(toy, tmp_path, f"finetune.epochs={epochs}")
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert (best["epoch"], best["top1"]) == (1, 50.0)
 
 
 # --- Which frames and crops are tested --------------------------------------

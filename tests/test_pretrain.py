@@ -173,6 +173,21 @@ def test_presets_say_only_what_differs():
             assert not same, f"{preset}: {section}.{', '.join(same)}"
 
 
+@pytest.mark.parametrize("preset", ["k400", "ssv2"])
+def test_pretraining_has_the_papers_recipe(preset):
+    recipe = dict(epochs=800, batch=1024, lr=1.5e-4, min_lr=1e-5, warmup_epochs=40,
+                  weight_decay=0.05, betas=[0.9, 0.95], clip_norm=0.0, flip=False)
+    settings = load_config([preset], "pretrain")["pretrain"]
+    assert {key: settings[key] for key in recipe} == recipe
+
+
+@pytest.mark.parametrize("size, width, depth, heads", [
+    ("small", 384, 12, 6), ("base", 768, 12, 12), ("large", 1024, 24, 16), ("huge", 1280, 32, 16)])
+def test_sizes_are_those_of_vit(size, width, depth, heads):
+    model = load_config(["k400", size], "pretrain")["model"]
+    assert (model["width"], model["depth"], model["heads"]) == (width, depth, heads)
+
+
 def test_every_key_of_the_configuration_is_read():
     """No setting that nobody reads. The keys of `model` are ARVideo's arguments, checked above."""
     read_in_a_loop = {"mixup", "cutmix"}
@@ -207,6 +222,10 @@ def test_learning_rate_is_linear_then_a_cosine():
     assert rates[100] == pytest.approx(0.5)         # 0.25 x 512 / 256
     for earlier, later in zip(rates[10:], rates[11:]):
         assert earlier > later
+
+
+def test_clips_of_a_video_do_not_raise_the_learning_rate():
+    assert plan_of("pretrain.clips_per_video=4").peak_lr == plan_of().peak_lr == 1.5e-4 * 4
 
 
 @pytest.mark.parametrize("world_size, max_batch, micro_batch, accumulation", [
@@ -299,6 +318,13 @@ def test_every_purpose_has_a_random_stream_of_its_own():
     assert len({stream_seed(*stream) for stream in streams}) == len(streams)
     # The same in every process and in every version of this file, so that results stay
     assert stream_seed(0, "sample", 0, 5) == 62773012501368414
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 15), (4, 3), (16, 1)])
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert train_pretrain.spare_cores() == workers
 
 
 # --- What a run leaves ------------------------------------------------------
@@ -441,6 +467,57 @@ def test_every_clip_of_every_step_has_a_draw_of_its_own(toy, tmp_path, monkeypat
     drawn = torch.cat(drawn)
     assert len(drawn) == 3 * 8 * 2          # steps x videos x clips
     assert len(drawn.unique(dim=0)) == len(drawn)
+
+
+def test_a_resumed_run_goes_on_counting_epochs_and_videos(toy, tmp_path):
+    for epochs in (1, 2):
+        train_here(toy, tmp_path, "pretrain.batch=4", f"pretrain.epochs={epochs}")
+        checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+        assert checkpoint["tried"] == 3 * 4 * epochs            # steps x videos
+    assert log_of(tmp_path, "step", "epoch") == [[1, 1], [2, 1], [3, 1], [4, 2], [5, 2], [6, 2]]
+
+
+def test_every_step_is_in_training_mode_though_pictures_are_not(toy, tmp_path, monkeypatch):
+    modes = []
+
+    class Recorder(ARVideo):
+        def forward(self, *arguments):
+            modes.append(self.training)
+            return super().forward(*arguments)
+
+    monkeypatch.setattr(train_pretrain, "ARVideo", Recorder)
+    train_here(toy, tmp_path, "pretrain.epochs=3", "pretrain.picture_epochs=1")
+    assert modes == [True] * 3
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_size_and_flip_reach_the_crop(toy, tmp_path, monkeypatch, flip):
+    asked = set()
+    crop = data.pretraining_clip
+
+    def record(clip, size, flip):
+        asked.add((size, flip))
+        return crop(clip, size, flip)
+
+    monkeypatch.setattr(data, "pretraining_clip", record)
+    train_here(toy, tmp_path, "pretrain.epochs=1", f"pretrain.flip={str(flip).lower()}")
+    assert asked == {(32, flip)}
+
+
+def test_pictures_show_videos_of_data_val(toy, tmp_path, monkeypatch):
+    paths = []
+    read_clips = data.read_clips
+
+    def record(path, choose):
+        paths.append(Path(path))
+        return read_clips(path, choose)
+
+    monkeypatch.setattr(data, "read_clips", record)
+    # toy_lists trains on the videos of val.txt, so here the lists are exchanged
+    train_here(toy, tmp_path, f"data.val={toy / 'train.txt'}", "pretrain.epochs=1",
+               "pretrain.picture_epochs=1")
+    shown = [path.name for path in paths if path.parent.name == "train"]
+    assert shown == ["00000.mp4", "00012.mp4"] * 2              # before training and after
 
 
 # --- Forks ------------------------------------------------------------------
@@ -587,6 +664,17 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(toy, tmp_path):
     assert "Traceback" not in err
     for tensor in checkpoint["model"].values():
         assert tensor.isfinite().all()
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_update(toy, tmp_path, monkeypatch):
+    class Cliff(ARVideo):
+        def forward(self, *arguments):
+            return 1 + (super().forward(*arguments) * 0).sqrt()     # 1, but its gradient is NaN
+
+    monkeypatch.setattr(train_pretrain, "ARVideo", Cliff)
+    with pytest.raises(UserError, match="step 1: the loss is 1.0, the gradient's norm nan"):
+        train_here(toy, tmp_path, "pretrain.epochs=1")
+    assert not (tmp_path / "last.pt").exists()
 
 
 @pytest.mark.slow
