@@ -23,8 +23,8 @@ Two attention masks let one pass predict all these clusters.
     loss = model(video, *model.draw(len(video)))    # video [B, 3, 16, 224, 224]
 
 Symbols in the shapes. `predict_after` is how many places at the start of the order are
-not predicted, 1 by default. The numbers are those of the default model, and the paper's
-but for one: the paper's Table 5 has 1372 queries, which predict_after=2 would give.
+not predicted, 1 by default. The numbers are those of the default model. They agree with
+the paper except for Q: its Table 5 has 1372, which predict_after=2 would give.
     B   videos in the batch
     N   tokens of a video                 1568 = 8 x 14 x 14
     P   pixels of a cube                   512 = 2 x 16 x 16, of C = 3 colours

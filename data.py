@@ -85,7 +85,7 @@ def has_suffix(path, suffixes):
 
 
 def is_loop(folder):
-    """True if `folder` is a link to a folder above it, so that os.walk would never end."""
+    """True if `folder` is a link to a folder above it, so that os.walk would go round in it."""
     return folder.parent.resolve().is_relative_to(folder.resolve())
 
 
@@ -271,7 +271,7 @@ def refuse_other_names(source, names, classes):
 
 
 def refuse_misleading_names(source, classes):
-    """UserError if a known class is named by a number other than its own class number.
+    """UserError if the name of a known class is a number, but not its own class number.
 
     For example, class folders 0 to 10 are sorted as 0, 1, 10, 2, so folder 10 is class number
     2. If a list without names then has the label 2, it probably means folder 2.
@@ -399,7 +399,7 @@ def read_annotations(source, root="", classes=None):
                 refuse_misleading_names(source, classes)
             classes = classes or names
 
-    # Class names remain to be numbered. The labels of a list are numbers already, or None.
+    # Class names are now turned into numbers. The labels of a list are numbers already, or None.
     if named and isinstance(named[0][1], str):
         named, classes = number_classes(source, named, classes)
     return make_entries(source, root, named, find), classes
@@ -732,8 +732,8 @@ def decode_clips(container, stream, choose, convert):
 def orientation(frame):
     """(is mirrored, quarter turns): how a file wants a frame to be shown.
 
-    It is mirrored first, left to right, and then turned clockwise by 90 degrees so many times.
-    The display matrix says so: it takes a point (x, y) to (a x + c y, b x + d y), where y
+    First mirror it left to right, if asked, then turn it clockwise by that many quarter turns.
+    The display matrix tells both: it takes a point (x, y) to (a x + c y, b x + d y), where y
     points down. Angles are rounded to quarter turns.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
@@ -743,9 +743,8 @@ def orientation(frame):
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, 0
     is_mirrored = a * d < b * c                         # the determinant is negative
-    # The matrix takes the point (0, 1) to (c, d). Mirroring does not move that point, and a
-    # clockwise turn by an angle A takes it to (-sin A, cos A). So -c and d are in the ratio of sine
-    # and cosine.
+    # The angle shows in where (0, 1) goes, since mirroring does not move that point. A clockwise
+    # turn by A takes it to (-sin A, cos A), and the matrix takes it to (c, d).
     angle = math.degrees(math.atan2(-c, d))
     return is_mirrored, round(angle / 90) % 4
 
@@ -886,9 +885,9 @@ def segment_views(count, frames, clips):
 def pretraining_clip(clip, size, flip):
     """VideoMAE's multi-scale crop: uint8 [T, 3, H, W] -> [T, 3, size, size].
 
-    Height and width are the short side times one of four scales each. The two scales are
-    equal or next to each other. The crop is at one of 13 positions. Mirrored at random if
-    `flip`.
+    The crop's height and width are the frame's short side times one of four scales each. The
+    two scales are equal or next to each other. The crop is at one of 13 positions. Mirrored at
+    random if `flip`.
     """
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales)
@@ -1005,7 +1004,7 @@ def warp(clip, matrix):
     as long. The clip must be contiguous.
     """
     H, W = clip.shape[-2:]
-    # A pixel's middle lies at a half
+    # The middles of pixels lie at 0.5, 1.5, 2.5 and so on
     x = torch.arange(W) + 0.5
     y = torch.arange(H)[:, None] + 0.5
     (a, b, c), (d, e, f) = matrix
@@ -1014,7 +1013,8 @@ def warp(clip, matrix):
     outside = (from_x < 0) | (from_x >= W) | (from_y < 0) | (from_y >= H)
     column = (from_x - 0.5).floor().int()
     row = (from_y - 0.5).floor().int()
-    # The point's distance from the middle of pixel (column, row), as a share of the way to the next
+    # The weights of bilinear interpolation: how far the point lies from the middle of pixel
+    # (column, row) towards the next pixel, from 0 to 1
     to_right = (from_x - 0.5 - column).flatten()
     down = (from_y - 0.5 - row).flatten()
 
@@ -1271,8 +1271,8 @@ def begin_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # parent_process() is the process that the worker works for. Under "fork" it is also the parent
     # in the operating system, os.getppid(), and torch itself ends a worker whose getppid() has
-    # changed. Under "forkserver" that is the fork server, which lives as long as its workers do. So
-    # in that case a thread watches parent_process().
+    # changed. Under "forkserver" getppid() is the fork server, which lives as long as its workers
+    # do. So in that case a thread watches parent_process().
     process = multiprocessing.parent_process()
     if process.pid != os.getppid():
         threading.Thread(target=end_with, args=(process,), daemon=True).start()
@@ -1296,18 +1296,16 @@ def start_loading(loader):
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
 
+    # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
+    # inherits which signals are blocked. So this process blocks SIGTERM, below, while the
+    # DataLoader starts the server. A SIGTERM that comes meanwhile is delivered once it is
+    # unblocked. With the server, Python starts its resource tracker, which would unblock SIGTERM
+    # again. So the tracker is started beforehand.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
-        # A SIGTERM must not reach the server (see below), so SIGTERM is blocked while it starts.
-        # But it needs Python's resource tracker, and starting the tracker unblocks SIGTERM. So
-        # start the tracker now.
         resource_tracker.ensure_running()
-
-    # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
-    # inherits which signals are blocked. So this process blocks SIGTERM while the DataLoader starts
-    # the server. A SIGTERM that comes meanwhile is delivered once it is unblocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         batches = iter(loader)
@@ -1381,15 +1379,15 @@ def toy_clip(motion, generator):
 
     # Each frame's distance from the middle of the clip, in frames, times the speed (0.75 to 1.25)
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
-    # Where the window's motion has brought it in each frame, compared with the middle of the clip
+    # The window's shift, turn and growth in each frame, compared with the middle of the clip
     right, down, turned, grown = (factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
     angle = 2 * math.pi * turn + turned
     log_size = 0.9 * (0.5 - zoom) + grown
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
     # its 128 pixels is 2 / 128. As y points down, a positive angle is clockwise. The window shifts
-    # along its own axes, so the shift is rotated too. (No class both shifts and turns: where there
-    # is a shift, the angle is the same in all frames.)
+    # along its own axes, so the shift is rotated too. Each frame's own angle will do, since no
+    # class both shifts and turns.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([right, down], 1).unsqueeze(2) * 2 / 128
     # Halfway through the clip, the window's centre is at most 0.2 from the texture's centre, along
@@ -1502,7 +1500,7 @@ def upright(frame):
     """The frame, turned and mirrored as its file asks."""
     if not any(orientation(frame)):
         return frame
-    # assemble() turns it, since reformat() keeps the display matrix. This is a clip of one frame.
+    # Let assemble() turn it, as a clip of one frame. reformat() keeps its display matrix.
     clips = assemble(clips=[[0]], frames={0: reformat(frame)})
     pixels = clips[0][0].contiguous()                   # [H, W, 3]
     return av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")

@@ -307,7 +307,7 @@ def evaluate(model, entries, config, machine, clips, crops):
             probabilities = torch.cat(logits).float().softmax(1)        # [n views, classes]
             means = probabilities.unflatten(0, (len(readable), -1)).mean(1).cpu()
             for i, mean in zip(readable, means):
-                # Cloned: sent to other processes, a row would take all of `means` along
+                # Cloned, since a row is a view: to send it would send all of `means`
                 results[i] = Result(entries[i], mean.clone(), None)
     for others in machine.gather(results):
         results.update(others)
@@ -482,8 +482,8 @@ def require_same_encoder(path, saved, settings):
 def set_pretrained_clip(path, saved, settings):
     """If model.pretrained_clip is set to [0, 0], take the checkpoint's. Returns lines to print.
 
-    `saved` is the checkpoint's section `model`, empty if it is not ours. Then VIDEOMAE_CLIP is
-    taken.
+    `saved` is the checkpoint's section `model`, empty if it is not ours. From a checkpoint that
+    is not ours, VIDEOMAE_CLIP is taken.
     UserError if the settings and a checkpoint of ours say different things.
     """
     asked = settings["pretrained_clip"]

@@ -182,8 +182,8 @@ def fill_in_names(config, presets, stage, init_is_given):
     # begins from runs/toy/pretrain. If all presets are such, none is left out: `linear` alone
     # begins from runs/linear/pretrain.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
-    # finetune.init already holds 1., or else 3. So 2. replaces it unless the command line gave it,
-    # and 4. fills it if it is empty.
+    # finetune.init holds the command line's value (1), else a preset's (3), else nothing. test_only
+    # (2) replaces all but the command line's. The pretraining (4) is taken if it is still empty.
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
     if not finetune["init"]:
