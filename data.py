@@ -271,7 +271,7 @@ def refuse_other_names(source, names, classes):
 
 
 def refuse_misleading_names(source, classes):
-    """UserError if the name of a known class is a number, but not its own class number.
+    """UserError if the name of a known class is a number, and not the number that it has here.
 
     For example, class folders 0 to 10 are sorted as 0, 1, 10, 2, so folder 10 is class number
     2. If a list without names then has the label 2, it probably means folder 2.
@@ -573,8 +573,8 @@ def timestamps_identify_frames(container, stream, packets):
     if decoder.name == "h264" and field_order != PROGRESSIVE:
         return False
     # No frame may refer to one that is missing from the file. So the first packet must be a key
-    # frame, and no later packet may be shown before it: such a frame may refer to frames from
-    # before the key frame, which the file lacks.
+    # frame, and no later packet may be shown before it: such a frame could depend on frames
+    # from before the key frame, which the file lacks.
     if not packets[0].is_keyframe or packets[0].pts > min(times):
         return False
     # With intra refresh, H.264 has no whole key frames. The picture is renewed part by part over
@@ -743,8 +743,9 @@ def orientation(frame):
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, 0
     is_mirrored = a * d < b * c                         # the determinant is negative
-    # The angle shows in where (0, 1) goes, since mirroring does not move that point. A clockwise
-    # turn by A takes it to (-sin A, cos A), and the matrix takes it to (c, d).
+    # Follow the point (0, 1), just below the origin. Mirroring left to right leaves it there, and a
+    # clockwise turn by A takes it to the left, to (-sin A, cos A). The matrix takes it to (c, d).
+    # So sin A is -c and cos A is d, but for a common factor.
     angle = math.degrees(math.atan2(-c, d))
     return is_mirrored, round(angle / 90) % 4
 
@@ -1000,8 +1001,8 @@ def warp_matrix(name, level, sign, H, W):
 def warp(clip, matrix):
     """A warped clip: output pixel (x, y) is sampled from the input at matrix @ (x, y, 1).
 
-    Bilinear, and grey if that lies outside. torchvision's affine() took 1.2 to 3 times
-    as long. The clip must be contiguous.
+    Bilinear, and grey where that point lies outside the input. torchvision's affine() took
+    1.2 to 3 times as long. The clip must be contiguous.
     """
     H, W = clip.shape[-2:]
     # The middles of pixels lie at 0.5, 1.5, 2.5 and so on
@@ -1299,8 +1300,8 @@ def start_loading(loader):
     # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
     # inherits which signals are blocked. So this process blocks SIGTERM, below, while the
     # DataLoader starts the server. A SIGTERM that comes meanwhile is delivered once it is
-    # unblocked. With the server, Python starts its resource tracker, which would unblock SIGTERM
-    # again. So the tracker is started beforehand.
+    # unblocked. With the server, Python starts its resource tracker, and starting the tracker
+    # unblocks SIGTERM in this process. So the tracker is started beforehand.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
@@ -1386,8 +1387,8 @@ def toy_clip(motion, generator):
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
     # its 128 pixels is 2 / 128. As y points down, a positive angle is clockwise. The window shifts
-    # along its own axes, so the shift is rotated too. Each frame's own angle will do, since no
-    # class both shifts and turns.
+    # along its own axes, so the shift is rotated too. (If it turned while it shifts, its path would
+    # be curved. But no class does both: where there is a shift, all frames have the same angle.)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([right, down], 1).unsqueeze(2) * 2 / 128
     # Halfway through the clip, the window's centre is at most 0.2 from the texture's centre, along
@@ -1565,7 +1566,7 @@ def write_shrunk(source, target, short_side, key_frames):
                 start = pts                             # the first frame's time becomes zero
                 last = -1
             frame = reformat(frame, "yuv420p", width=output.width, height=output.height)
-            last = max(pts - start, last + 1)           # times that do not grow are corrected
+            last = max(pts - start, last + 1)           # later than the frame before
             frame.pts = last
             # add_shrunk_stream gave the output the source's time base, so times stay as they are
             frame.time_base = output.codec_context.time_base
@@ -1583,9 +1584,9 @@ def shrink_video(job, short_side, key_frames):
 
     The short side has at most `short_side` pixels, rounded to an even number. There are
     at most `key_frames` frames from one key frame to the next.
-    The number of frames, the times between them and the pixels' aspect ratio stay, but times
-    that do not grow are corrected. A rotation or reflection that the file asks for is carried
-    out. The first frame's time becomes zero.
+    The number of frames, the times between them and the pixels' aspect ratio stay. Only a time
+    that is not later than the one before is moved, to one tick after it. A rotation or
+    reflection that the file asks for is carried out. The first frame's time becomes zero.
     """
     source, target = job
     target.parent.mkdir(parents=True, exist_ok=True)

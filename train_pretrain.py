@@ -224,8 +224,8 @@ def load_config(arguments, stage):
         section, dot, key = name.partition(".")
         if not dot:
             raise UserError(f"'{argument}' is not of the form section.key=value")
-        # The value is read as YAML, which makes numbers, lists and truth values. Only where the
-        # default is a text, it stays a text, even run.output=2024. The settings in
+        # The value is read as YAML, which makes numbers, lists and truth values. But if the
+        # default is a text, the value stays a text, even run.output=2024. The settings in
         # AUTO are an exception: their default, "auto", is a text, but they are read as YAML.
         is_text = isinstance(config.get(section, {}).get(key), str) and name not in AUTO
         if not is_text:
@@ -289,7 +289,8 @@ def choose_device(name):
 
 def join_processes(device):
     """Join the other processes that torchrun has started."""
-    # init_process_group would call rendezvous() by itself. It is called here for its store.
+    # init_process_group would call rendezvous() by itself. Here the store that it returns is
+    # needed.
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the old processes. So that they
     # are not read, each restart has a prefix of its own in the store. With several machines there
