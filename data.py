@@ -936,7 +936,7 @@ RAND_AUGMENT = (
 def autocontrast(frame):
     """Stretch the values of each colour of a frame uint8 [3, H, W], so that they go from 0 to 255.
 
-    torchvision's own often ends at 254. A plane of a single value stays as it is.
+    torchvision's own usually ends at 254. A plane of a single value stays as it is.
     """
     low = frame.amin((1, 2), keepdim=True)                      # [3, 1, 1]
     span = frame.amax((1, 2), keepdim=True) - low
@@ -1075,9 +1075,9 @@ def rand_augment(clip, operations):
     """A uint8 clip [T, 3, H, W] after these operations, the same for all its frames.
 
     The operations are those of Pillow, which timm and VideoMAE use, but warps are always
-    bilinear (VideoMAE's are bicubic). Pixels differ from Pillow's by at most one grey level,
-    because Pillow rounds intermediate results. Only where a warp meets a frame's border do
-    they differ by more.
+    bilinear (VideoMAE's are bicubic). One operation's pixels differ from Pillow's by at most
+    one grey level, because Pillow rounds intermediate results. Only where a warp meets a
+    frame's border do they differ by more.
     """
     clip = clip.contiguous()            # as warp needs it
     for name, level, sign in operations:
