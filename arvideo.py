@@ -340,8 +340,8 @@ class Encoder(nn.Module):
     """A plain ViT over cubes, with VideoMAE's parameter names.
 
     `pretrained_clip` is (frames, size) of the clips that the weights were pretrained on,
-    or (0, 0) if these are the encoder's own `frames` and `size`. The table of positions is
-    made for clips of pretraining and interpolated to the encoder's own.
+    or (0, 0) if they were pretrained on the `frames` and `size` given here. The table of
+    positions is made for the clips of pretraining and interpolated to these.
     `checkpointing` computes activations again in the backward pass, which saves
     memory. Raises ValueError if `positions` is unknown, cubes do not fill the video or
     heads do not divide the width.

@@ -743,9 +743,9 @@ def orientation(frame):
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, 0
     is_mirrored = a * d < b * c                         # the determinant is negative
-    # Follow the point (0, 1), just below the origin. Mirroring left to right leaves it there, and a
-    # clockwise turn by A takes it to the left, to (-sin A, cos A). The matrix takes it to (c, d).
-    # So sin A is -c and cos A is d, but for a common factor.
+    # As y points down, a clockwise turn by A takes (x, y) to (x cos A - y sin A, x sin A + y cos
+    # A). The mirroring comes first and changes x alone, so look at a point with x = 0: the turn
+    # takes (0, 1) to (-sin A, cos A). The matrix takes it to (c, d).
     angle = math.degrees(math.atan2(-c, d))
     return is_mirrored, round(angle / 90) % 4
 
@@ -893,7 +893,8 @@ def pretraining_clip(clip, size, flip):
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales)
              if abs(i - j) <= 1]
-    # Corners, edges and centre, then four positions between; in quarters of the margin
+    # Positions (x, y) in quarters of the room that the crop leaves: corners, middles of the edges
+    # and centre, then four in between
     quarters = [(x, y) for x in (0, 2, 4) for y in (0, 2, 4)]
     quarters += [(1, 1), (3, 1), (1, 3), (3, 3)]
 
@@ -947,7 +948,7 @@ def autocontrast(frame):
 
 
 def change_colours(frame, name, level, sign):
-    """One operation of RandAugment that is no warp, of a frame uint8 [3, H, W].
+    """Apply one of RandAugment's operations, other than a warp, to a frame uint8 [3, H, W].
 
     `level` (0 to 1) is its strength, `sign` its direction.
     """
@@ -1298,10 +1299,10 @@ def start_loading(loader):
     others = multiprocessing.active_children()
 
     # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
-    # inherits which signals are blocked. So this process blocks SIGTERM, below, while the
-    # DataLoader starts the server. A SIGTERM that comes meanwhile is delivered once it is
-    # unblocked. With the server, Python starts its resource tracker, and starting the tracker
-    # unblocks SIGTERM in this process. So the tracker is started beforehand.
+    # inherits which signals this process has blocked. So SIGTERM is blocked, below, while the
+    # DataLoader starts the server. (A SIGTERM that comes meanwhile is delivered afterwards.) Just
+    # before the server, Python would start its resource tracker, and that unblocks SIGTERM too
+    # early. So the tracker is started first.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
@@ -1387,8 +1388,8 @@ def toy_clip(motion, generator):
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
     # its 128 pixels is 2 / 128. As y points down, a positive angle is clockwise. The window shifts
-    # along its own axes, so the shift is rotated too. (If it turned while it shifts, its path would
-    # be curved. But no class does both: where there is a shift, all frames have the same angle.)
+    # along its own axes, so the shift is rotated too. (This holds because no class both shifts and
+    # turns: where there is a shift, all frames have the same angle.)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([right, down], 1).unsqueeze(2) * 2 / 128
     # Halfway through the clip, the window's centre is at most 0.2 from the texture's centre, along

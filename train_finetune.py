@@ -190,7 +190,7 @@ def load_weights(model, path, classes):
 
     # The same model and classes: take everything. A checkpoint without class names, such as
     # VideoMAE's, is judged by the names and shapes of its tensors alone. Lists without class names
-    # have the classes "0", "1" and so on. So two such lists agree if they have equally many.
+    # have the classes "0", "1" and so on. So two such lists agree if their numbers of classes do.
     own = model.state_dict()
     model_class = type(model).__name__
     if (content.get("classes", classes) == classes
@@ -307,7 +307,7 @@ def evaluate(model, entries, config, machine, clips, crops):
             probabilities = torch.cat(logits).float().softmax(1)        # [n views, classes]
             means = probabilities.unflatten(0, (len(readable), -1)).mean(1).cpu()
             for i, mean in zip(readable, means):
-                # Cloned, since a row is a view: to send it would send all of `means`
+                # Cloned, since `mean` is a view: gather() would pickle all of `means` with it
                 results[i] = Result(entries[i], mean.clone(), None)
     for others in machine.gather(results):
         results.update(others)

@@ -182,8 +182,8 @@ def fill_in_names(config, presets, stage, init_is_given):
     # begins from runs/toy/pretrain. If all presets are such, none is left out: `linear` alone
     # begins from runs/linear/pretrain.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
-    # finetune.init holds the command line's value (1), else a preset's (3), else nothing. test_only
-    # (2) replaces all but the command line's. The pretraining (4) is taken if it is still empty.
+    # Presets and the command line are merged already. So finetune.init holds case 1, or else case
+    # 3, or is empty. Case 2 overrides case 3, but not case 1. Case 4 fills in what is still empty.
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
     if not finetune["init"]:
@@ -701,7 +701,7 @@ class Training:
         if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
             raise UserError(f"{self.path} is not a checkpoint that a run can resume from: choose "
                             "another run.output")
-        # What an older checkpoint does not hold yet is not compared, here and among the settings
+        # Values that an older checkpoint lacks are skipped, here and among the settings below
         pairs = {name: (value, checkpoint[name]) for name, value in self.must_match.items()
                  if name in checkpoint}
         saved = checkpoint["config"]
@@ -952,7 +952,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
                 training.log_scores(scores)
                 stopping, = machine.sum(len(signals))   # one may have come during end_epoch
 
-            # Save, after every validation too; stop if asked to
+            # Save when due, after each validation and at the end; stop if asked to
             if stopping or scores or is_last or training.save_is_due():
                 training.save()
             if stopping:
