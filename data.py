@@ -283,6 +283,18 @@ def refuse_misleading_names(source, classes):
                             "them, or put a classes.txt beside this list")
 
 
+def refuse_other_classes(source, names, classes):
+    """UserError if a list's labels, which are class numbers, may not mean the known `classes`.
+
+    `names`, the content of classes.txt beside the list, must be the known names. Without it
+    (None), a known class that is named "7", say, must be class number 7.
+    """
+    if names:
+        refuse_other_names(source, names, classes)
+    else:
+        refuse_misleading_names(source, classes)
+
+
 def find_file(name, folders):
     """The video `name` below one of the folders, or what `shrink` made of it, or None."""
     # A name without a video's suffix is that of a folder of images
@@ -389,14 +401,9 @@ def read_annotations(source, root="", classes=None):
             named = read_list(source, text, folders)
             find = partial(find_file, folders=folders)
             names = read_class_names(source.with_name("classes.txt"))
-            # Labels of a list are class numbers. If classes are known already, the numbers must
-            # mean the same classes. A classes.txt must have the known names. Without it, a known
-            # class that is named "7", say, must be class number 7.
             has_labels = named and named[0][1] is not None
-            if has_labels and classes and names:
-                refuse_other_names(source, names, classes)
-            elif has_labels and classes:
-                refuse_misleading_names(source, classes)
+            if has_labels and classes:
+                refuse_other_classes(source, names, classes)
             classes = classes or names
 
     # Class names are now turned into numbers. The labels of a list are numbers already, or None.

@@ -660,9 +660,8 @@ def train_classifier(config, machine, model, lists):
              for mix, key in ((MixUp, "mixup"), (CutMix, "cutmix")) if settings[key] > 0]
 
     def loss_of(forward, batch, step, rows):            # as fit calls it
-        # Mixing, drop path and dropout get a seed by the step and the micro-batch, so that a
-        # resumed run repeats them. The micro-batch is identified by rows[0], its first row in the
-        # global batch.
+        # Mixing, drop path and dropout get a seed by the step and the micro-batch's first row, so
+        # that a resumed run repeats them
         torch.manual_seed(stream_seed(run["seed"], "mixing", step, int(rows[0])))
         clips = data.normalise(batch.clips, machine.device)
         labels = machine.send(batch.labels)

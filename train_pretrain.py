@@ -847,7 +847,11 @@ def wrap_model(model, machine):
 
 
 def read_batches(videos, training):
-    """This process's micro-batches from the next step on, each a data.Batch."""
+    """This process's micro-batches from the next step on, each a data.Batch.
+
+    `videos` has a length, and videos[(epoch, i)] is a data.Sample. The Sample must depend on the
+    key alone, so that a resumed run reads the same. (data.Videos seeds the generator by the key.)
+    """
     machine = training.machine
     plan = training.plan
     order = data.training_order(
@@ -899,10 +903,8 @@ def call_if_defined(model, method, *arguments):
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
     """Train `model` on `videos` as section `stage` says. Resume if run.output has a checkpoint.
 
-    `videos` has a length, and videos[(epoch, i)] is a data.Sample. The Sample must depend on the
-    key alone, so that a resumed run reads the same. (data.Videos seeds the generator by the key.)
-    loss_of(forward, batch, step, rows) is the loss of a micro-batch: `forward` is what wrap_model
-    gives, `batch` a data.Batch, `rows` [b] are its rows in the global batch.
+    `videos` are as read_batches needs them. loss_of(forward, batch, step, rows) is the loss of a
+    micro-batch: `forward` as wrap_model gives it, a data.Batch, its rows [b] in the global batch.
     end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
     It returns None or scores, which are logged except for epoch 0. `log` is the first process's
     Log, else None. A run resumes only if `must_match` is the same. Returns whether it trained.
