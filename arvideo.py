@@ -341,7 +341,7 @@ class Encoder(nn.Module):
 
     `pretrained_clip` is (frames, size) of the clips that the weights were pretrained on,
     or (0, 0) if they were pretrained on the `frames` and `size` given here. The table of
-    positions is made for the clips of pretraining and interpolated to these.
+    positions is made for the clips of pretraining, then interpolated to `frames` and `size`.
     `checkpointing` computes activations again in the backward pass, which saves
     memory. Raises ValueError if `positions` is unknown, cubes do not fill the video or
     heads do not divide the width.

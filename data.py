@@ -271,7 +271,7 @@ def refuse_other_names(source, names, classes):
 
 
 def refuse_misleading_names(source, classes):
-    """UserError if the name of a known class is a number, and not the number that it has here.
+    """UserError if a known class is named by a number other than its class number.
 
     For example, class folders 0 to 10 are sorted as 0, 1, 10, 2, so folder 10 is class number
     2. If a list without names then has the label 2, it probably means folder 2.
@@ -284,7 +284,7 @@ def refuse_misleading_names(source, classes):
 
 
 def refuse_other_classes(source, names, classes):
-    """UserError if a list's labels, which are class numbers, may not mean the known `classes`.
+    """UserError if a list's labels might number other classes than the known `classes`.
 
     `names`, the content of classes.txt beside the list, must be the known names. Without it
     (None), a known class that is named "7", say, must be class number 7.
@@ -750,9 +750,9 @@ def orientation(frame):
     if a * d == b * c:                                  # degenerate: some writers leave zeros
         return False, 0
     is_mirrored = a * d < b * c                         # the determinant is negative
-    # As y points down, a clockwise turn by A takes (x, y) to (x cos A - y sin A, x sin A + y cos
-    # A). The mirroring comes first and changes x alone, so look at a point with x = 0: the turn
-    # takes (0, 1) to (-sin A, cos A). The matrix takes it to (c, d).
+    # Look at the point (0, 1), which mirroring leaves alone. A clockwise turn by A takes it to
+    # (-sin A, cos A), as y points down. The matrix takes (0, 1) to (c, d). So c is -sin A and d is
+    # cos A, up to scale.
     angle = math.degrees(math.atan2(-c, d))
     return is_mirrored, round(angle / 90) % 4
 
@@ -1307,9 +1307,9 @@ def start_loading(loader):
 
     # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
     # inherits which signals this process has blocked. So SIGTERM is blocked, below, while the
-    # DataLoader starts the server. (A SIGTERM that comes meanwhile is delivered afterwards.) Just
-    # before the server, Python would start its resource tracker, and that unblocks SIGTERM too
-    # early. So the tracker is started first.
+    # DataLoader starts the server. (A SIGTERM that comes meanwhile is delivered afterwards.) Python
+    # starts its resource tracker just before the server, and in doing so unblocks SIGTERM in this
+    # process. So the tracker is started here, before SIGTERM is blocked.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
@@ -1395,8 +1395,8 @@ def toy_clip(motion, generator):
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
     # its 128 pixels is 2 / 128. As y points down, a positive angle is clockwise. The window shifts
-    # along its own axes, so the shift is rotated too. (This holds because no class both shifts and
-    # turns: where there is a shift, all frames have the same angle.)
+    # along its own axes, so its whole shift is rotated by its angle. (With a changing angle, the
+    # shift of each frame would need its own rotation. But no class both shifts and turns.)
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([right, down], 1).unsqueeze(2) * 2 / 128
     # Halfway through the clip, the window's centre is at most 0.2 from the texture's centre, along

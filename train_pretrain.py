@@ -182,8 +182,9 @@ def fill_in_names(config, presets, stage, init_is_given):
     # begins from runs/toy/pretrain. If all presets are such, none is left out: `linear` alone
     # begins from runs/linear/pretrain.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
-    # Presets and the command line are merged already. So finetune.init holds case 1, or else case
-    # 3, or is empty. Case 2 overrides case 3, but not case 1. Case 4 fills in what is still empty.
+    # finetune.init already holds the command line's value (1), else a preset's (3), else "".
+    # test_only (2) replaces a preset's value, but not the command line's. If it is still empty, (4)
+    # fills it in.
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
     if not finetune["init"]:
@@ -546,7 +547,7 @@ def load_checkpoint(path):
                               mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except Exception:           # of half a dozen types, with messages of many lines
+    except Exception:           # torch raises half a dozen types, with messages of many lines
         raise UserError(f"{path}: this is not a readable checkpoint: it is of another kind, cut "
                         "short, or holds more than tensors and plain values") from None
 
