@@ -371,12 +371,10 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """From now on take clips of `frames` x `size` x `size`, with interpolated positions.
 
-        The present positions are interpolated, and lose detail each time. For several sizes,
-        make an encoder for each.
+        The present positions are interpolated: for several sizes, make an encoder for each.
         """
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # `self.positions = table` would fail if a fork has made positions a Parameter. Assigning to
-        # .data works in both cases.
+        # To .data, since a fork may have made positions a Parameter
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 
@@ -432,8 +430,9 @@ class DecoderBlock(nn.Module):
     def forward(self, x, memory, mask=None):
         """x [B, Q, d], memory [B, S, d], mask [Q, S] -> [B, Q, d]"""
         if self.group_size:
-            # [B, Q, d] -> [B (Q / R), R, d], where R is group_size
-            grouped = self.norm0(x).reshape(-1, self.group_size, x.shape[2])
+            # [B, Q, d] -> [B (Q / R), R, d], where R is group_size. unflatten() raises if the
+            # queries are no whole groups.
+            grouped = self.norm0(x).unflatten(1, (-1, self.group_size)).flatten(0, 1)
             x = x + self.self_attn(grouped).reshape(x.shape)
         x = x + self.cross_attn(self.norm1(x), memory, mask)
         return x + self.mlp(self.norm2(x))
@@ -449,7 +448,6 @@ class Decoder(nn.Module):
     def __init__(self, *, grid, width, depth, heads, mlp_ratio, outputs,
                  positions="1d", group_size=None, checkpointing=False):
         super().__init__()
-        self.group_size = group_size
         self.checkpointing = checkpointing
         table = position_table(grid, width, positions)                  # [N, d]
         self.register_buffer("positions", table, persistent=False)
@@ -467,11 +465,8 @@ class Decoder(nn.Module):
 
         memory [B, S, d] is the encoder's output at the decoder's width.
         mask [Q, S] has True where attention is allowed.
-        Raises ValueError if, with self-attention, group_size does not divide Q.
+        Raises RuntimeError if, with self-attention, group_size does not divide Q.
         """
-        if self.group_size and index.shape[1] % self.group_size:
-            raise ValueError(f"{index.shape[1]} queries are not whole clusters of "
-                             f"{self.group_size}, which decoder_self_attention needs")
         x = self.query + self.positions[index]                          # [B, Q, d]
         for block in self.blocks:
             if self.checkpointing:
@@ -569,31 +564,26 @@ class ARVideo(nn.Module):
 
         order [B, M]: which cluster is at each place.
         visible [B, M, V]: row c holds the visible tokens of cluster c, whatever its place.
-        predicted [B, M, R]: row c holds the tokens of cluster c to predict. It is returned
-        only if predict_ratio leaves out tokens.
+        predicted [B, M, R]: row c holds the tokens of cluster c to predict, all of them unless
+        predict_ratio is below 1.
         """
         device = self.clusters.device
         order = prediction_orders(
             self.order_kind, self.cluster_grid, batch, generator, device)
         visible = draw_tokens(self.clusters, self.visible_count, batch, generator)
-        if self.predicted_count == self.clusters.shape[1]:
-            return order, visible
-        predicted = draw_tokens(self.clusters, self.predicted_count, batch, generator)
+        predicted = self.clusters.expand(batch, -1, -1)
+        if self.predicted_count < self.clusters.shape[1]:
+            predicted = draw_tokens(self.clusters, self.predicted_count, batch, generator)
         return order, visible, predicted
 
-    def line_up(self, order, visible, predicted=None):
+    def line_up(self, order, visible, predicted):
         """Token indices, lined up by place.
 
-        seen [B, S] enter the encoder, queried [B, Q] are predicted. Without `predicted`,
-        `queried` holds whole clusters.
+        seen [B, S] enter the encoder, queried [B, Q] are predicted.
         """
         # Nothing comes after the last cluster, so it is not encoded
-        seen = take(visible, order[:, :-1])                             # [B, M-1, V]
-        later = order[:, self.predict_after:]                       # [B, M - predict_after]
-        if predicted is None:
-            queried = self.clusters[later]                      # [B, M - predict_after, K]
-        else:
-            queried = take(predicted, later)                    # [B, M - predict_after, R]
+        seen = take(visible, order[:, :-1])                         # [B, M-1, V]
+        queried = take(predicted, order[:, self.predict_after:])    # [B, M - predict_after, R]
         return seen.flatten(1), queried.flatten(1)
 
     def predict(self, cubes, seen, queried):
@@ -634,7 +624,7 @@ class ARVideo(nn.Module):
         """
         return cubes
 
-    def forward(self, video, order, visible, predicted=None):
+    def forward(self, video, order, visible, predicted):
         """The loss, a scalar.
 
         video [B, 3, T, H, W] as data.normalise gives it; the others as draw() gives them.
@@ -652,7 +642,7 @@ class ARVideo(nn.Module):
         return F.mse_loss(prediction.float(), target)
 
     @torch.no_grad()
-    def reconstruct(self, video, order, visible, predicted=None):
+    def reconstruct(self, video, order, visible, predicted):
         """What the encoder sees and what is predicted: two videos [B, 3, T, H, W].
 
         All other cubes are zero, which in a normalised video is ImageNet's mean colour. With

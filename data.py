@@ -124,10 +124,9 @@ def files_by_stem(root):
     files = {}
     doubled = []
     for path in videos_below(root):
-        stem = stem_of(path)
-        if stem in files:
-            doubled.append((files[stem], path))
-        files.setdefault(stem, path)
+        used = files.setdefault(stem_of(path), path)
+        if used != path:
+            doubled.append((used, path))
     if doubled:
         used, unused = doubled[0]
         print(f"{root}: {len(doubled)} videos have the name of another one; the first in "
@@ -258,41 +257,28 @@ def read_class_names(path):
     return names
 
 
-def refuse_other_names(source, names, classes):
-    """UserError if `names`, the content of classes.txt, are not the known `classes`."""
-    # If the training list had no classes.txt, the known classes are just "0", "1", "2" and so on.
-    # They say nothing that the names in this classes.txt could contradict.
-    if classes == [str(number) for number in range(len(classes))]:
-        return
-    for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
-        if name != known:
-            raise UserError(f"{source}: classes.txt beside it names other classes than the "
-                            f"{len(classes)} known ones: class {number} is {name}, not {known}")
-
-
-def refuse_misleading_names(source, classes):
-    """UserError if a known class is named by a number other than its class number.
-
-    For example, class folders 0 to 10 are sorted as 0, 1, 10, 2, so folder 10 is class number
-    2. If a list without names then has the label 2, it probably means folder 2.
-    """
-    for number, name in enumerate(classes):
-        if name.isdecimal() and int(name) != number:
-            raise UserError(f"{source}: a label {number} would mean the known class '{name}'. Use "
-                            "lists for data.train, data.val and data.test, or folders for all of "
-                            "them, or put a classes.txt beside this list")
-
-
 def refuse_other_classes(source, names, classes):
     """UserError if a list's labels might number other classes than the known `classes`.
 
-    `names`, the content of classes.txt beside the list, must be the known names. Without it
-    (None), a known class that is named "7", say, must be class number 7.
+    `names` is the content of classes.txt beside the list, or None.
     """
+    # A training list without classes.txt has the classes "0", "1", "2" and so on, which no names
+    # can contradict
+    if classes == [str(number) for number in range(len(classes))]:
+        return
     if names:
-        refuse_other_names(source, names, classes)
-    else:
-        refuse_misleading_names(source, classes)
+        for number, (name, known) in enumerate(zip_longest(names, classes, fillvalue="missing")):
+            if name != known:
+                raise UserError(f"{source}: classes.txt beside it names other classes than the "
+                                f"{len(classes)} known ones: class {number} is {name}, not {known}")
+        return
+    # Class folders 0 to 10 are sorted as 0, 1, 10, 2. So folder 10 is class number 2. But in a list
+    # without names, the label 2 probably means folder 2.
+    for number, known in enumerate(classes):
+        if known.isdecimal() and int(known) != number:
+            raise UserError(f"{source}: a label {number} would mean the known class '{known}'. Use "
+                            "lists for data.train, data.val and data.test, or folders for all of "
+                            "them, or put a classes.txt beside this list")
 
 
 def find_file(name, folders):
@@ -302,15 +288,9 @@ def find_file(name, folders):
     for folder in folders:
         for candidate in (name, stem + ".mp4"):
             path = folder / candidate
-            if os.path.isfile(path) or is_image_folder(path):
+            if os.path.exists(path):
                 return path
     return None
-
-
-def is_image_folder(path):
-    return os.path.isdir(path) and any(
-        has_suffix(name, IMAGE_SUFFIXES) and not name.startswith(".")
-        for name in os.listdir(path))
 
 
 def number_classes(source, named, classes):
@@ -322,9 +302,8 @@ def number_classes(source, named, classes):
     numbers = {label: i for i, label in enumerate(classes)}
     unknown = sorted({label for _, label in named} - set(numbers))
     if unknown:
-        more = f" (nor are {len(unknown) - 1} others)" if len(unknown) > 1 else ""
         raise UserError(f"{source}: the class '{unknown[0]}' is not among the {len(classes)} known "
-                        f"ones, {', '.join(classes[:5])}{' ...' * (len(classes) > 5)}{more}")
+                        f"ones, first {', '.join(classes[:5])}")
     return [(name, numbers[label]) for name, label in named], classes
 
 
@@ -385,15 +364,13 @@ def read_annotations(source, root="", classes=None):
         find = Path                                     # the names are paths already
     else:
         text = read_text(source)
-        first_line = text.lstrip().partition("\n")[0]
-        cells = [cell.strip(' \r"').lower() for cell in re.split("[,;\t]", first_line)]
-        # JSON begins with `[{`, with `[]`, or with a line that is only `[`. A list may begin
-        # with a video that is named `[1].mp4`.
-        if first_line.startswith("[") and first_line[1:].lstrip()[:1] in ("", "{", "]"):
+        first_line = text.lstrip().partition("\n")[0].lower()
+        # JSON begins with `[{` or `[]`. A list may begin with a video that is named `[1].mp4`.
+        if re.match(r"\s*\[\s*[{\]]", text):
             named = read_something(source, text)
             classes = classes or read_something_classes(source)
             find = files_by_stem(root).get
-        elif "youtube_id" in cells:
+        elif "youtube_id" in re.split(r'[,;"\s]+', first_line):
             named = read_kinetics(source, text)
             find = files_by_stem(root).get
         else:
@@ -658,9 +635,11 @@ def decode_all(decoder, packets):
 
     If the file breaks off, the last packet may be incomplete. Then it may fail to decode,
     or its frame is damaged. Such a frame is left out. Without timestamps, the last packet's
-    frame cannot be recognised, and is yielded even if it is damaged.
+    frame cannot be recognised, and is yielded even if it is damaged. Raises ValueError if
+    there is no frame to yield.
     """
     last = packets[-1]
+    is_empty = True
     for packet in [*packets, None]:                     # None drains the decoder
         try:
             frames = decoder.decode(packet)
@@ -673,7 +652,10 @@ def decode_all(decoder, packets):
             is_last = last.pts is not None and frame.pts == last.pts
             if frame.is_corrupt and is_last:
                 continue
+            is_empty = False
             yield frame
+    if is_empty:
+        raise ValueError("none of its frames decodes")
 
 
 def decode_counted(decoder, packets, wanted, convert):
@@ -722,9 +704,9 @@ def decode_clips(container, stream, choose, convert):
 
     # Else decode from the start. First assume one frame for each packet. If a wanted frame did not
     # come, the decoder has run to the end, and `count` is now the true number of frames: choose
-    # again with it. If it is 0, no frame decodes: give up.
+    # again with it.
     count = len(packets)
-    while count:
+    while True:
         # The attempt before may have left the decoder anywhere
         decoder.skip_frame = "DEFAULT"
         decoder.flush_buffers()
@@ -733,7 +715,6 @@ def decode_clips(container, stream, choose, convert):
         frames, count = decode_counted(decoder, packets, wanted, convert)
         if len(frames) == len(wanted):
             return clips, frames
-    raise ValueError("none of its frames decodes")
 
 
 def orientation(frame):
@@ -787,19 +768,6 @@ def clamp(clips, count):
     return [[min(number, count - 1) for number in clip] for clip in clips]
 
 
-def read_clips(path, choose):
-    """Decode clips of one video: [uint8 tensor [T, H, W, 3], ...], RGB and upright.
-
-    choose(number of frames) -> [[frame number, ...], ...], a list for every clip.
-    Numbers beyond the last frame repeat it. Images of a folder are not turned: their EXIF
-    is ignored. Raises UnreadableVideo.
-    """
-    if os.path.isdir(path):
-        return read_image_clips(path, choose)
-    with open_video(path) as (container, stream):
-        return assemble(*decode_clips(container, stream, choose, reformat))
-
-
 def image_files(folder):
     """The images of a folder in natural order: 2.jpg comes before 10.jpg."""
     try:
@@ -814,30 +782,31 @@ def image_files(folder):
 
 
 def read_image(path):
-    """uint8 [3, H, W], RGB. Raises UnreadableVideo."""
+    """An image as a frame of a video, RGB. Raises UnreadableVideo."""
     # Pillow, since torchvision's own decoder ends the process at a damaged PNG
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError("it has more than 8 bits for each colour")
-            return tv.pil_to_tensor(image.convert("RGB"))
+            return av.VideoFrame.from_image(image)
     except (OSError, SyntaxError, ValueError) as error:         # SyntaxError: some broken PNGs
         raise UnreadableVideo(f"{path}: {error}") from None
 
 
-def read_image_clips(folder, choose):
-    """As read_clips, of a folder of images, each of them a frame."""
-    files = image_files(folder)
-    clips = clamp(choose(len(files)), len(files))
-    wanted = {number for clip in clips for number in clip}
-    images = {number: read_image(files[number]) for number in wanted}
-    first = images[min(images)]
-    for number, image in images.items():
-        # A frame whose size differs takes that of the first
-        if image.shape != first.shape:
-            images[number] = tv.resize(image, list(first.shape[1:]), antialias=True)
-    return [torch.stack([images[number] for number in clip]).permute(0, 2, 3, 1)
-            for clip in clips]
+def read_clips(path, choose):
+    """Decode clips of one video: [uint8 tensor [T, H, W, 3], ...], RGB and upright.
+
+    choose(number of frames) -> [[frame number, ...], ...], a list for every clip.
+    Numbers beyond the last frame repeat it. Images of a folder are not turned: their EXIF
+    is ignored. Raises UnreadableVideo.
+    """
+    if os.path.isdir(path):
+        files = image_files(path)
+        clips = clamp(choose(len(files)), len(files))
+        wanted = {number for clip in clips for number in clip}
+        return assemble(clips, {number: read_image(files[number]) for number in wanted})
+    with open_video(path) as (container, stream):
+        return assemble(*decode_clips(container, stream, choose, reformat))
 
 
 # --- Choosing frames --------------------------------------------------------
@@ -1278,10 +1247,9 @@ def begin_worker(_):
     """For workers: the process that they work for decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # parent_process() is the process that the worker works for. Under "fork" it is also the parent
-    # in the operating system, os.getppid(), and torch itself ends a worker whose getppid() has
-    # changed. Under "forkserver" getppid() is the fork server, which lives as long as its workers
-    # do. So in that case a thread watches parent_process().
+    # torch ends a worker whose parent in the operating system, os.getppid(), has ended. Under
+    # "forkserver" that is the fork server, which lives as long as its workers. So a thread watches
+    # the process that the worker works for.
     process = multiprocessing.parent_process()
     if process.pid != os.getppid():
         threading.Thread(target=end_with, args=(process,), daemon=True).start()
@@ -1298,18 +1266,15 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # kill_workers is registered here and not on import. If this process was itself forked by
-    # multiprocessing, it has lost what was registered before the fork (Python 3.13 and later).
-    # unregister() comes first, so that a second call does not register it twice.
-    atexit.unregister(kill_workers)
+    # Registered here and not on import: if multiprocessing forked this process, what was registered
+    # before the fork is lost (Python 3.13 and later). Killing twice does no harm.
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
 
     # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
-    # inherits which signals this process has blocked. So SIGTERM is blocked, below, while the
-    # DataLoader starts the server. (A SIGTERM that comes meanwhile is delivered afterwards.) Python
-    # starts its resource tracker just before the server, and in doing so unblocks SIGTERM in this
-    # process. So the tracker is started here, before SIGTERM is blocked.
+    # inherits which signals this process has blocked, so SIGTERM is blocked while it starts. Python
+    # would start its resource tracker just before the server, and unblock SIGTERM in doing so.
+    # Therefore the tracker is started first.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
@@ -1395,8 +1360,7 @@ def toy_clip(motion, generator):
 
     # An affine map [T, 2, 3] from the window to the texture. The texture spans -1 to 1, so one of
     # its 128 pixels is 2 / 128. As y points down, a positive angle is clockwise. The window shifts
-    # along its own axes, so its whole shift is rotated by its angle. (With a changing angle, the
-    # shift of each frame would need its own rotation. But no class both shifts and turns.)
+    # along its own axes, so its shift is rotated by its angle.
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shift = torch.stack([right, down], 1).unsqueeze(2) * 2 / 128
     # Halfway through the clip, the window's centre is at most 0.2 from the texture's centre, along
@@ -1429,17 +1393,16 @@ def write_video(path, frames):
         container.mux(stream.encode())
 
 
-def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
+def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS):
     """Write the toy set to the folder `root`, unless that exists.
 
     The folder appears only when it is complete. train.txt and val.txt list its videos,
     few.txt lists ten training videos of each class, and classes.txt names the classes.
     """
-    root = Path(root).expanduser()
     if root.exists():
         return
     root.parent.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(stream_seed(seed, "toy set"))
+    generator = torch.Generator().manual_seed(stream_seed(0, "toy set"))
     lists = {"classes": TOY_CLASSES}
     with tempfile.TemporaryDirectory(prefix=".", dir=root.parent) as folder:
         temporary = Path(folder, root.name)
@@ -1465,44 +1428,24 @@ def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS, seed=0):
 
 
 class Jobs(Dataset):
-    """function(job) for every job, so that load_batches can share them out to workers."""
+    """Item `job` is function(job), so that load_batches can share jobs out to workers."""
 
-    def __init__(self, function, jobs):
+    def __init__(self, function):
         self.function = function
-        self.jobs = jobs
 
-    def __getitem__(self, i):
-        return self.function(self.jobs[i])
+    def __getitem__(self, job):
+        return self.function(job)
 
 
 def collect_reasons(function, jobs, workers):
     """The reasons that function(job) returns for jobs that failed, each printed at once."""
     reasons = []
-    batches = load_batches(Jobs(function, jobs), 1, range(len(jobs)), workers)
+    batches = load_batches(Jobs(function), 1, jobs, workers)
     for (reason,) in tqdm(batches, total=len(jobs), unit="video"):
         if reason:
             tqdm.write(printable(reason))
             reasons.append(reason)
     return reasons
-
-
-def unreadable_reason(path):
-    """None, or why the video is unreadable.
-
-    A file that breaks off is readable if what comes before the break decodes. There is one
-    exception: without timestamps, a damaged frame at the break makes it unreadable.
-    """
-    try:
-        if os.path.isdir(path):
-            for image in image_files(path):
-                read_image(image)
-        else:
-            # Decoding refuses damage; the frames themselves are not kept
-            with open_video(path) as (container, stream):
-                decode_clips(container, stream, choose=lambda count: [range(count)],
-                             convert=lambda frame: None)
-    except UnreadableVideo as error:
-        return str(error)
 
 
 def upright(frame):
@@ -1522,8 +1465,7 @@ def timed_frames(source):
     """
     if os.path.isdir(source):
         for number, path in enumerate(image_files(source)):
-            pixels = read_image(path).permute(1, 2, 0).contiguous().numpy()
-            yield av.VideoFrame.from_ndarray(pixels, format="rgb24"), number, None
+            yield read_image(path), number, None
         return
     with open_video(source) as (container, stream):
         frames = decode_all(stream.codec_context, read_packets(container, stream))
@@ -1533,6 +1475,19 @@ def timed_frames(source):
             if pts is None:                             # raw streams have no times
                 pts = round(number / (stream.average_rate or 25) / stream.time_base)
             yield frame, pts, stream
+
+
+def unreadable_reason(path):
+    """None, or why the video is unreadable.
+
+    A file that breaks off is readable if what comes before the break decodes. There is one
+    exception: without timestamps, a damaged frame at the break makes it unreadable.
+    """
+    try:
+        for _ in timed_frames(path):
+            pass
+    except UnreadableVideo as error:
+        return str(error)
 
 
 def add_shrunk_stream(writer, frame, is_turned, stream, short_side, key_frames):
@@ -1581,8 +1536,6 @@ def write_shrunk(source, target, short_side, key_frames):
             frame.pict_type = 0                         # let x264 choose its key frames
             writer.mux(output.encode(frame))
             count += 1
-        if output is None:
-            raise UnreadableVideo(f"{source}: none of its frames decodes")
         writer.mux(output.encode())
     return count
 

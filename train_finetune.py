@@ -54,8 +54,7 @@ CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
 def encoder_arguments(settings):
     """Encoder's arguments, from section `model` of the settings."""
-    # The settings in an older checkpoint may lack a newer key: then Encoder's default holds
-    return {key: settings[key] for key in ENCODER_KEYS + CLIP_KEYS if key in settings}
+    return {key: settings[key] for key in ENCODER_KEYS + CLIP_KEYS}
 
 
 def linear_head(width, classes):
@@ -328,8 +327,6 @@ def accuracy(results, classes):
     return dict(
         top1=100 * right.total() / len(results),
         top5=100 * top5 / len(results),
-        videos=len(results),
-        unreadable=[result.unreadable for result in results if result.unreadable],
         per_class={classes[c]: 100 * right[c] / total[c] for c in sorted(total)})
 
 
@@ -338,13 +335,10 @@ def write_results(output, results, classes, **about):
 
     Videos without labels have no accuracy.
     """
-    if results[0].entry.label is None:
-        scores = dict(
-            videos=len(results), scored="nothing: the videos have no labels",
-            unreadable=[result.unreadable for result in results if result.unreadable])
-    else:
-        scores = accuracy(results, classes)
-    scores.update(about)
+    scores = {} if results[0].entry.label is None else accuracy(results, classes)
+    scores.update(
+        videos=len(results), **about,
+        unreadable=[result.unreadable for result in results if result.unreadable])
     (output / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     header = ["path", "label"]
     for n in range(1, min(5, len(classes)) + 1):
@@ -375,15 +369,13 @@ class Lists(NamedTuple):
     classes: list
 
 
-def require_labels(split, entries, source):
-    """UserError if the list data.`split` is empty or has no labels.
-
-    It looks at the first entry alone: either all entries of a list have labels, or none.
-    """
-    if not entries:
-        raise UserError(f"data.{split} is empty: fine-tuning needs a list with labels")
-    if entries[0].label is None:
-        raise UserError(f"data.{split}={source} has no labels, which fine-tuning needs")
+def read_labelled_split(settings, split, classes=None):
+    """As data.read_split. UserError if data.`split` is empty, or its videos have no labels."""
+    entries, classes = data.read_split(settings, split, classes)
+    # Either all entries of a list have labels, or none
+    if not entries or entries[0].label is None:
+        raise UserError(f"data.{split}={settings[split]}: fine-tuning needs a list with labels")
+    return entries, classes
 
 
 def require_known_labels(entries, classes):
@@ -397,8 +389,7 @@ def require_known_labels(entries, classes):
 def read_training_list(settings):
     """(entries, class names) of data.train. Classes without names are named by their numbers."""
     source = settings["train"]
-    train, classes = data.read_split(settings, "train")
-    require_labels("train", train, source)
+    train, classes = read_labelled_split(settings, "train")
     labels = {entry.label for entry in train}
     if not classes:
         if 0 not in labels:
@@ -415,8 +406,7 @@ def read_training_list(settings):
 def read_labelled_lists(settings):
     """The Lists to train with, from section `data`. Test videos may lack labels."""
     train, classes = read_training_list(settings)
-    val, _ = data.read_split(settings, "val", classes)
-    require_labels("val", val, settings["val"])
+    val, _ = read_labelled_split(settings, "val", classes)
     test = val
     if settings["test"]:
         test, _ = data.read_split(settings, "test", classes)
@@ -616,20 +606,14 @@ def print_start(config, model, lists, origin, lines):
     size = config["model"]["size"]
     stride = f" at stride {config['data']['stride']}" if settings["sampling"] == "dense" else ""
     million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    counts = []
-    if lists.train:
-        counts.append(f"{len(lists.train)} videos to train")
-    if lists.val and lists.val != lists.test:
-        counts.append(f"{len(lists.val)} videos to validate")
-    counts.append(f"{len(lists.test)} videos to test")
-    counts.append(f"{len(lists.classes)} classes")
     clip = config["model"]["pretrained_clip"]
     if any(clip) and clip != [frames, size]:
         lines = [*lines, "  positions  interpolated from those of clips of "
                          f"{clip[0]} frames, {clip[1]} x {clip[1]}"]
     kind = "fine-tuning" if probe == "none" else f"{probe} probe"
     print(f"ARVideo {kind}{', test alone' if settings['test_only'] else ''}\n"
-          f"  data       {', '.join(counts)}; "
+          f"  data       {len(lists.train)} videos to train, {len(lists.val)} to validate, "
+          f"{len(lists.test)} to test, {len(lists.classes)} classes; "
           f"{settings['sampling']} clips of {frames} frames{stride}, "
           f"{size} x {size}, flip {settings['flip']}\n"
           f"  model      {million:.1f} M trainable parameters\n"
@@ -644,11 +628,10 @@ def train_classifier(config, machine, model, lists):
     run = config["run"]
     settings = config["finetune"]
     repeats = settings["clips_per_video"]
-    last_pt = Path(run["output"], "last.pt")
     best_pt = Path(run["output"], "best.pt")
     # A run that resumes goes on from best.pt's accuracy, even if data.val has changed since
     best_top1 = -1.0
-    if last_pt.exists() and best_pt.exists():
+    if resumes(config) and best_pt.exists():
         best_top1 = load_checkpoint(best_pt)["top1"]
     choose = frame_chooser(config, data.dense_clips, data.segment_clips, repeats)
     augment = partial(

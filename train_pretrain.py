@@ -23,7 +23,6 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+import arvideo
 import data
 from arvideo import ARVideo
 from data import UserError, stream_seed
@@ -68,30 +68,26 @@ class StrictLoader(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error, not a silent choice."""
 
     def construct_mapping(self, node, deep=False):
-        names = set()
+        names = []
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue                        # super() refuses it below
             if key.value in names:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice",
                                            problem_mark=key.start_mark)
-            names.add(key.value)
+            names.append(key.value)
         return super().construct_mapping(node, deep)
 
 
 def read_settings(path):
     """The sections of a YAML file, {section: {key: value}}. UserError for any other form."""
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.load(file, StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise UserError(f"{path}, line {line}: {error.problem}") from None
-    except (UnicodeDecodeError, yaml.reader.ReaderError):
-        raise UserError(f"{path}: this is not a text file in UTF-8") from None
-    except ValueError as error:                         # a date such as 2024-13-45
-        raise UserError(f"{path}: {error}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        # Some of YAML's messages have several lines
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict) or not all(isinstance(x, dict) for x in settings.values()):
         raise UserError(f"{path}: expected sections of settings, as in {CONFIG.name}")
     return settings
@@ -110,22 +106,20 @@ def as_kind_of(default, value, name):
     """`value`, of the type of `default`. UserError if it is of another type.
 
     Where a float is wanted, an int is taken, and text such as 1e-3, which YAML reads as text.
-    A list must be as long as its default. If that is empty, as it may be in a fork, any list
-    will do.
+    A list must be as long as its default, unless that is empty, as it may be in a fork.
     """
     kind = type(default)
     if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    if kind is list and type(value) is list and not default:
-        return value
-    if kind is list and type(value) is list and len(value) == len(default):
-        return [as_kind_of(like, item, name) for like, item in zip(default, value)]
-    if kind is list:
-        raise UserError(f"{name} must be a list of {len(default)}, like {default}; found {value!r}")
-    if type(value) is not kind:
+    fits = type(value) is kind
+    if fits and kind is list and default:
+        fits = len(value) == len(default)
+    if not fits:
         raise UserError(f"{name} must be of kind {kind.__name__}, like {default!r}; "
                         f"found {value!r}")
+    if kind is list and default:
+        return [as_kind_of(like, item, name) for like, item in zip(default, value)]
     return value
 
 
@@ -179,12 +173,9 @@ def fill_in_names(config, presets, stage, init_is_given):
     run["output"] = run["output"] or f"runs/{'-'.join(names)}/{stage}"
 
     # Presets that set nothing but `finetune` are left out of the pretraining's name: `toy linear`
-    # begins from runs/toy/pretrain. If all presets are such, none is left out: `linear` alone
-    # begins from runs/linear/pretrain.
+    # begins from runs/toy/pretrain. If all presets are such, none is left out.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
-    # finetune.init already holds the command line's value (1), else a preset's (3), else "".
-    # test_only (2) replaces a preset's value, but not the command line's. If it is still empty, (4)
-    # fills it in.
+    # finetune.init already holds the command line's value, else a preset's, else ""
     if finetune["test_only"] and not init_is_given:
         finetune["init"] = f"{run['output']}/last.pt"
     if not finetune["init"]:
@@ -290,15 +281,11 @@ def choose_device(name):
 
 def join_processes(device):
     """Join the other processes that torchrun has started."""
-    # init_process_group would call rendezvous() by itself. Here the store that it returns is
-    # needed.
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # After a restart, torchrun's store still holds the addresses of the old processes. So that they
-    # are not read, each restart has a prefix of its own in the store. With several machines there
-    # is no prefix: they may count their restarts differently, and would then not find one another.
-    # What to set there is in the README's troubleshooting.
-    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    if machines == 1:
+    # After a restart, torchrun's store still holds the addresses of the old processes. So each
+    # restart has a prefix of its own in the store. Several machines may count their restarts
+    # differently: there the setting in the README's troubleshooting is needed instead.
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
     is_cuda = device.type == "cuda"
@@ -377,11 +364,9 @@ class Machine:
         The values are numbers or tensors without dimensions. This waits for a GPU once, not once
         for each value.
         """
-        # full() fills a tensor on the GPU. torch.tensor() would copy the number there and wait.
-        numbers = [value.float() if isinstance(value, torch.Tensor)
-                   else torch.full((), value, dtype=torch.float32, device=self.device)
-                   for value in values]
-        numbers = torch.stack(numbers)
+        # Adding a number to a tensor on the GPU needs no wait. Copying the number there would.
+        zero = torch.zeros((), device=self.device)
+        numbers = torch.stack([zero + value for value in values])
         if self.world_size > 1:
             dist.all_reduce(numbers)
         return numbers.tolist()
@@ -542,9 +527,7 @@ def load_checkpoint(path):
         raise UserError(f"{path}: there is no such checkpoint")
     try:
         with torch.serialization.safe_globals([Namespace]):     # VideoMAE's files hold one
-            # Files of torch before version 1.6 are no zip archives and cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True,
-                              mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception:           # torch raises half a dozen types, with messages of many lines
@@ -568,18 +551,6 @@ def lock_folder(output):
         print(f"{output}: a second run that writes here would not be noticed, since the file "
               f"system has no locks ({error.strerror})", file=sys.stderr)
     return file
-
-
-def code_version(model):
-    """A hash of the source files of the model's Python classes, without torch's."""
-    names = {type(module).__module__ for module in model.modules()}
-    content = hashlib.sha256()
-    for name in sorted(names):
-        # A notebook has no __file__, and a module loaded by hand may be missing from sys.modules
-        path = getattr(sys.modules.get(name), "__file__", None)
-        if path and not name.startswith("torch"):
-            content.update(Path(path).read_bytes())
-    return content.hexdigest()[:12]
 
 
 class Log:
@@ -665,7 +636,7 @@ class Training:
         self.must_match = dict(
             stage=stage, videos=video_count, model_class=type(model).__name__, **must_match)
         self.path = Path(config["run"]["output"], "last.pt")
-        self.code = code_version(model)
+        self.code = hashlib.sha256(Path(arvideo.__file__).read_bytes()).hexdigest()[:12]
         self.step = 0               # steps made
         self.tried = 0              # videos tried, with those drawn in place of unreadable ones
         self.unreadable = 0         # how many of these were unreadable
@@ -684,7 +655,7 @@ class Training:
             if checkpoint["scaler"]:                    # empty except after fp16
                 self.machine.scaler.load_state_dict(checkpoint["scaler"])
             if checkpoint.get("code", self.code) != self.code and self.machine.is_first:
-                print(f"The files that define the model have changed since {self.path} was written")
+                print(f"arvideo.py has changed since {self.path} was written")
             self.step = checkpoint["step"]
             self.tried = checkpoint["tried"]
             self.unreadable = checkpoint["unreadable"]

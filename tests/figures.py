@@ -77,10 +77,13 @@ def colour_of(place, places):
     return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.55, 0.85))
 
 
-def first_frames(model, video, order, visible):
-    """The first frame of every cube in the three ROWS: uint8 [B, 3 rows, t, H, W, 3]."""
-    shown, predicted = model.reconstruct(video, order, visible)
-    rows = torch.stack([video, shown, predicted], dim=1)                # [B, 3, 3, T, H, W]
+def first_frames(model, video, *drawn):
+    """The first frame of every cube in the three ROWS: uint8 [B, 3 rows, t, H, W, 3].
+
+    `drawn` is what model.draw gives.
+    """
+    shown, predictions = model.reconstruct(video, *drawn)
+    rows = torch.stack([video, shown, predictions], dim=1)              # [B, 3, 3, T, H, W]
     rows = rows[:, :, :, ::model.cube[0]].cpu()
     rows = (rows * data.IMAGENET_STD + data.IMAGENET_MEAN).clamp(0, 1)
     return (rows * 255).byte().permute(0, 1, 3, 4, 5, 2)
@@ -126,14 +129,14 @@ def outline_clusters(pen, model, order, row, column, left, top, side):
                  stroke_width=2, stroke_fill="black")
 
 
-def draw_picture(model, video, order, visible):
+def draw_picture(model, video, order, visible, predicted):
     """Three rows for each video: the truth, what the encoder sees, what is predicted.
 
-    video [B, 3, T, H, W], normalised; order and visible as model.draw gives them. A
+    video [B, 3, T, H, W], normalised; order, visible and predicted as model.draw gives them. A
     column is a time step of the token grid, shown by the first of its frames. A
     cluster's colour and number are its place in the prediction order.
     """
-    pixels = first_frames(model, video, order, visible)
+    pixels = first_frames(model, video, order, visible, predicted)
     B = len(video)
     t = model.grid[0]
     side = video.shape[-1] * max(1, 128 // video.shape[-1])     # each pixel becomes a square

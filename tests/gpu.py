@@ -396,7 +396,7 @@ def check_draws(setup):
         generator = torch.Generator(machine.device).manual_seed(7)
         return model.draw(64, generator)
 
-    order, visible = draw()
+    order, visible, _ = draw()
     in_order = torch.arange(len(model.clusters), device=machine.device).expand(64, -1)
     require(torch.equal(order.sort(1).values, in_order), "an order is no permutation")
     for c, tokens in enumerate(model.clusters):
@@ -408,7 +408,7 @@ def check_draws(setup):
         orders = torch.zeros_like(order) - 1
         visibles = torch.zeros_like(visible) - 1
         for rank in range(world_size):
-            own_order, own_visible = draw()
+            own_order, own_visible, _ = draw()
             for rows in micro_batch_rows(plan, rank, world_size):
                 rows = machine.send(rows)
                 orders[rows] = own_order[rows]

@@ -219,7 +219,8 @@ def test_attention_masks_of_three_clusters():
 
 def predict_by_place(model, cubes, order, visible):
     """{place: prediction [B, K, 3, P] of the clusters there}, all from one masked pass."""
-    seen, queried = model.line_up(order, visible)
+    all_tokens = model.clusters.expand(len(order), -1, -1)
+    seen, queried = model.line_up(order, visible, all_tokens)
     with torch.no_grad():
         prediction = model.predict(cubes, seen, queried)                # [B, Q, 3, P]
     clusters = prediction.unflatten(1, (-1, CLUSTER_SIZE)).unbind(1)    # for every place
@@ -231,7 +232,7 @@ def predict_by_place(model, cubes, order, visible):
 def test_causality_bit_for_bit(kind, self_attention):
     model = small_model(order=kind, decoder_self_attention=self_attention)
     cubes = video_to_cubes(small_video(), model.cube)
-    order, visible = model.draw(2)
+    order, visible, _ = model.draw(2)
     before = predict_by_place(model, cubes, order, visible)
     assert list(before) == list(range(2, CLUSTERS + 1))
     for changed_place in range(1, CLUSTERS + 1):
@@ -273,7 +274,7 @@ def predict_one_cluster(model, cubes, order, visible, place):
 def test_one_masked_pass_equals_predicting_cluster_after_cluster(kind, self_attention):
     model = small_model(order=kind, decoder_self_attention=self_attention)
     cubes = video_to_cubes(small_video(), model.cube)
-    order, visible = model.draw(2)
+    order, visible, _ = model.draw(2)
     parallel = predict_by_place(model, cubes, order, visible)
     for b, place in product(range(2), range(2, CLUSTERS + 1)):
         alone = predict_one_cluster(model, cubes[b], order[b], visible[b], place)
@@ -349,11 +350,10 @@ def test_self_attention_refuses_queries_that_are_no_whole_clusters():
     """Of 4 videos, 27 queries each would still make groups of 4, across the videos."""
     # As many videos as a cluster has queries, so that all together always are whole groups
     model = small_model(decoder_self_attention=True)
-    order, visible = model.draw(CLUSTER_SIZE)
-    seen, queried = model.line_up(order, visible)
+    seen, queried = model.line_up(*model.draw(CLUSTER_SIZE))
     memory = torch.randn(CLUSTER_SIZE, seen.shape[1], model.decoder.query.shape[0])
     assert model.decoder(memory, queried).shape[1] == queried.shape[1]
-    with pytest.raises(ValueError, match="queries are not whole clusters of"):
+    with pytest.raises(RuntimeError, match="unflatten"):
         model.decoder(memory, queried[:, 1:])
 
 
@@ -372,7 +372,7 @@ def test_prediction_can_start_later():
     model = small_model()
     later_model = small_model(predict_after=3)
     cubes = video_to_cubes(small_video(), model.cube)
-    order, visible = model.draw(2)
+    order, visible, _ = model.draw(2)
     every = predict_by_place(model, cubes, order, visible)
     later = predict_by_place(later_model, cubes, order, visible)
     assert list(later) == [4, 5, 6, 7, 8]
@@ -406,9 +406,9 @@ def test_predicting_zero_scores_about_one():
 def test_loss_is_the_mean_squared_error_of_normalised_cubes():
     model = small_model()
     video = small_video()
-    order, visible = model.draw(2)
+    order, visible, predicted = model.draw(2)
     cubes = video_to_cubes(video, model.cube)
-    seen, queried = model.line_up(order, visible)
+    seen, queried = model.line_up(order, visible, predicted)
     prediction = model.predict(cubes, seen, queried)
     errors = []
     for b, q, colour in product(range(2), range(queried.shape[1]), range(3)):
@@ -416,31 +416,32 @@ def test_loss_is_the_mean_squared_error_of_normalised_cubes():
         deviation = x.var(unbiased=True).sqrt()
         target = (x - x.mean()) / (deviation + 1e-6)
         errors.append((prediction[b, q, colour] - target) ** 2)
-    torch.testing.assert_close(model(video, order, visible), torch.cat(errors).mean())
+    torch.testing.assert_close(
+        model(video, order, visible, predicted), torch.cat(errors).mean())
 
 
 def test_reconstruction_puts_predictions_and_visible_cubes_where_they_belong():
     model = small_model()
     video = small_video(1) + 5          # far from the zeros of what is not drawn
-    order, visible = model.draw(1)
+    order, visible, predicted = model.draw(1)
     first = order[0, 0]
     last = order[0, -1]
-    shown, predicted = model.reconstruct(video, order, visible)
+    shown, predictions = model.reconstruct(video, order, visible, predicted)
     cubes = video_to_cubes(video, model.cube)[0]
     shown = video_to_cubes(shown, model.cube)[0]
-    predicted = video_to_cubes(predicted, model.cube)[0]
+    predictions = video_to_cubes(predictions, model.cube)[0]
 
     # The first cluster's visible cubes are shown, and nothing predicts it
     tokens = visible[0, first]
     assert torch.equal(shown[tokens], cubes[tokens])
-    assert (predicted[model.clusters[first]] == 0).all()
+    assert (predictions[model.clusters[first]] == 0).all()
 
     # The last cluster never enters the encoder. Its predictions have the true cubes' means, but for
     # the means of what an untrained model predicts, which are small.
     tokens = model.clusters[last]
     assert (shown[tokens] == 0).all()
     torch.testing.assert_close(
-        predicted[tokens].mean(-1), cubes[tokens].mean(-1), atol=0.6, rtol=0)
+        predictions[tokens].mean(-1), cubes[tokens].mean(-1), atol=0.6, rtol=0)
 
 
 def test_every_parameter_takes_part_in_the_loss():

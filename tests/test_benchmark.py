@@ -309,9 +309,9 @@ def test_ticks_are_a_few_round_numbers_within_the_range(low, high):
 def test_a_picture_shows_every_cluster_in_the_colour_of_its_place():
     torch.manual_seed(0)
     model = figures.load_model("random:toy")[0]
-    order, visible = model.draw(2)
+    order, *others = model.draw(2)
     video = torch.randn(2, 3, 8, 32, 32)
-    picture = figures.draw_picture(model, video, order, visible)
+    picture = figures.draw_picture(model, video, order, *others)
 
     # 2 x 2 x 2 clusters of 2 columns and 64 x 64 pixels, in 2 x 3 rows of frames
     white = (255, 255, 255)

@@ -537,7 +537,7 @@ def test_the_fork_centre_first_begins_near_the_middle(mine):
     """ViT-B's 4 x 2 x 2 clusters are at two distances from it."""
     model = mine.CentreFirst(
         width=8, depth=1, heads=1, decoder_width=8, decoder_depth=1, decoder_heads=1)
-    order, _ = model.draw(2)
+    order, *_ = model.draw(2)
     assert_equal(order.sort(1).values, torch.arange(16).expand(2, -1))
     time = torch.unravel_index(order, model.cluster_grid)[0]
     assert set(time[:, :8].flatten().tolist()) == {1, 2}
