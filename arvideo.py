@@ -216,12 +216,12 @@ def interpolate_positions(table, old, new):
 
 
 def attend(q, k, v, heads, mask=None):
-    """Multi-head attention of q [B, n, w] over k and v [B, m, w] -> [B, n, w].
+    """Multi-head attention of q [B, n, width] over k and v [B, m, width] -> [B, n, width].
 
     mask [n, m] has True where attention is allowed.
     """
     def split_heads(x):
-        return x.unflatten(2, (heads, -1)).transpose(1, 2)      # [B, heads, n, w/heads]
+        return x.unflatten(2, (heads, -1)).transpose(1, 2)      # [B, heads, n, width / heads]
 
     x = F.scaled_dot_product_attention(
         split_heads(q), split_heads(k), split_heads(v), attn_mask=mask)
@@ -320,7 +320,7 @@ def require_heads(name, heads, width):
 
 
 class EncoderBlock(nn.Module):
-    """ViT's block: self-attention and MLP, each after a norm, added to its input."""
+    """ViT's block: x + attention(norm(x)), then the same with an MLP."""
 
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
@@ -371,7 +371,8 @@ class Encoder(nn.Module):
     def resize(self, frames, size):
         """From now on take clips of `frames` x `size` x `size`, with interpolated positions.
 
-        The present positions are interpolated: for several sizes, make an encoder for each.
+        A second call interpolates what the first one made. For several sizes, make an encoder
+        for each.
         """
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
         # To .data, since a fork may have made positions a Parameter
@@ -410,7 +411,7 @@ class Encoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Cross-attention and MLP, each after a norm, added to its input.
+    """x + cross-attention(norm(x)), then the same with an MLP.
 
     With `group_size` (Table 9), the queries of one cluster first attend to one another.
     These `group_size` queries must be adjacent.
@@ -430,8 +431,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x, memory, mask=None):
         """x [B, Q, d], memory [B, S, d], mask [Q, S] -> [B, Q, d]"""
         if self.group_size:
-            # [B, Q, d] -> [B (Q / R), R, d], where R is group_size. unflatten() raises if the
-            # queries are no whole groups.
+            # [B, Q, d] -> [B (Q / R), R, d], where R is group_size. unflatten() raises if R does
+            # not divide Q.
             grouped = self.norm0(x).unflatten(1, (-1, self.group_size)).flatten(0, 1)
             x = x + self.self_attn(grouped).reshape(x.shape)
         x = x + self.cross_attn(self.norm1(x), memory, mask)
@@ -598,7 +599,7 @@ class ARVideo(nn.Module):
         return prediction.unflatten(2, self.target_shape())
 
     def statistics(self, cubes):
-        """Mean and deviation [..., 1] of each cube, for each colour.
+        """Mean and deviation [..., 1] over the last dimension: of each cube, for each colour.
 
         The deviation is the unbiased one. Without normalise_target: 0 and 1.
         """
@@ -651,7 +652,7 @@ class ARVideo(nn.Module):
         Raises ValueError if a subclass has targets of another shape than pixels.
         """
         if self.target_shape() != (3, math.prod(self.cube)):
-            raise ValueError("these targets are no pixels and cannot be drawn: set "
+            raise ValueError("these targets are not pixels and cannot be drawn: set "
                              "pretrain.picture_epochs=0, or override reconstruct")
         cubes = video_to_cubes(video, self.cube)                        # [B, N, 3, P]
         seen, queried = self.line_up(order, visible, predicted)         # [B, S], [B, Q]
@@ -670,9 +671,10 @@ class ARVideo(nn.Module):
 def pretrained_encoder(checkpoint, model_class=ARVideo, frames=None, size=None):
     """The encoder alone, for transfer (3.3.3), from a checkpoint of train_pretrain.py.
 
-    encoder(video [B, 3, T, H, W]) gives features [B, N, D]; every token attends
-    to all others. `model_class` is the class that was trained. `frames` and `size`
-    are those of the clips, by default those of pretraining.
+    `checkpoint` is the content of the file, as torch.load gives it, not its path.
+    encoder(video [B, 3, T, H, W]), normalised as by data.normalise, gives features
+    [B, N, D]; every token attends to all others. `model_class` is the class that was
+    trained. `frames` and `size` are those of the clips, by default those of pretraining.
     Raises ValueError if the checkpoint is not from pretraining, or cubes do not fill the clips.
     Raises RuntimeError, naming the tensors, if the weights do not fit the encoder, and
     TypeError if `model_class` lacks an argument that the trained class had.

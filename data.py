@@ -5,8 +5,8 @@ A video's way from a line of a CSV file to the loss:
 1. `read_annotations` turns the line into an Entry: the path of the video and the
    number of its class.
 2. `training_order` decides which entries each step trains on, and in which process.
-3. `load_batches` has them read by worker processes: there `Videos` chooses frame
-   numbers, `read_clips` decodes these frames, and a crop makes them a clip.
+3. `load_batches` has worker processes read them: `Videos` asks `read_clips`, which
+   counts the frames, lets it choose some, and decodes these. Then it crops the clips.
 4. `collate` joins the clips of a micro-batch into a Batch, as uint8.
 5. `normalise` moves it to the device and makes it floats.
 6. `ARVideo.forward` cuts it into cubes and returns the loss.
@@ -258,9 +258,10 @@ def read_class_names(path):
 
 
 def refuse_other_classes(source, names, classes):
-    """UserError if a list's labels might number other classes than the known `classes`.
+    """UserError if a list's labels evidently number other classes than the known `classes`.
 
-    `names` is the content of classes.txt beside the list, or None.
+    `names` is the content of classes.txt beside the list, or None. Without it, only classes
+    whose names are numbers can be checked. Labels for other classes are taken on trust.
     """
     # A training list without classes.txt has the classes "0", "1", "2" and so on, which no names
     # can contradict
@@ -272,8 +273,8 @@ def refuse_other_classes(source, names, classes):
                 raise UserError(f"{source}: classes.txt beside it names other classes than the "
                                 f"{len(classes)} known ones: class {number} is {name}, not {known}")
         return
-    # Class folders 0 to 10 are sorted as 0, 1, 10, 2. So folder 10 is class number 2. But in a list
-    # without names, the label 2 probably means folder 2.
+    # Class folders 0 to 10 are sorted as 0, 1, 10, 2, so folder 10 is class number 2. But in a list
+    # without classes.txt, the label 2 probably means folder 2.
     for number, known in enumerate(classes):
         if known.isdecimal() and int(known) != number:
             raise UserError(f"{source}: a label {number} would mean the known class '{known}'. Use "
@@ -334,7 +335,7 @@ def make_entries(source, root, named, find):
 def read_annotations(source, root="", classes=None):
     """The videos of a data set: ([Entry, ...], class names or None).
 
-    `source` may itself lie under `root`. Its content tells which of these it is:
+    `source` may be a path relative to `root`. Its content tells which of these it is:
     - a folder of class folders, or of videos
     - Kinetics' CSV
     - Something-Something's JSON, with labels.json beside it
@@ -354,7 +355,7 @@ def read_annotations(source, root="", classes=None):
                         "data.train and data.val")
     source = existing[0]
     root = Path(root).expanduser() if root else source.parent
-    # If the source is itself a folder, root is not used, and need not exist
+    # If the source is itself a folder, its videos are not looked for in root, which need not exist
     if not source.is_dir() and not root.is_dir():
         raise UserError(f"{root}: there is no such folder of videos (data.root)")
 
@@ -470,8 +471,6 @@ def open_video(path):
 
 
 PROGRESSIVE = 1         # of FFmpeg's field orders; 0 is unknown, higher ones are interlaced
-RGB = 0                 # of FFmpeg's colour spaces
-UNSPECIFIED = 2
 
 # Kept for the life of the process: frame.reformat() would make a new scaler for each frame
 REFORMATTER = VideoReformatter()
@@ -500,9 +499,9 @@ def read_packets(container, stream):
     # corrupt packet. Errors of the system, such as a disk's, are no break and come through.
     with contextlib.suppress(av.error.InvalidDataError):
         for packet in container.demux(stream):
-            # Corrupt packets at the start are skipped. After the first good one, a corrupt packet
-            # is the break, and nothing from it on is kept. Still the loop reads on: if the packet
-            # is corrupt because the disk failed, the next read raises the disk's error.
+            # Corrupt packets at the start are skipped. After the first good packet, a corrupt one
+            # is the break: from there on nothing is kept. The loop only reads on in case the disk
+            # has failed. Then the next read raises the disk's error.
             if packet.is_corrupt and packets:
                 is_broken = True
             # The very last packet is empty
@@ -584,19 +583,19 @@ def packets_needed(packets, wanted):
     key frame but shown before it. It may then need frames that are stored before the key frame.
     """
     number_of = {}
-    key_frame_before = []               # for each packet, the last key frame in the file up to it
+    last_key_frame = []         # for each packet, the last key frame in the file up to and with it
     for i, packet in enumerate(packets):
         number_of[packet.pts] = i
-        key_frame_before.append(i if packet.is_keyframe else key_frame_before[-1])
+        last_key_frame.append(i if packet.is_keyframe else last_key_frame[-1])
 
     run_end = {}                        # {first packet of a run: last packet of that run}
     for pts in wanted:
         end = number_of[pts]
-        # If a key frame is shown after the wanted frame, take the key frame before it instead. This
+        # If that key frame is shown after the wanted frame, go to the key frame before it. This
         # ends at packet 0 at the latest: it is a key frame and shown first.
-        start = key_frame_before[end]
+        start = last_key_frame[end]
         while packets[start].pts > pts:
-            start = key_frame_before[start - 1]
+            start = last_key_frame[start - 1]
         # Wanted frames that start at the same key frame share one run
         run_end[start] = max(end, run_end.get(start, 0))
     return {i for start, end in run_end.items() for i in range(start, end + 1)}
@@ -702,9 +701,7 @@ def decode_clips(container, stream, choose, convert):
             if len(frames) == len(wanted):
                 return clips, frames
 
-    # Else decode from the start. First assume one frame for each packet. If a wanted frame did not
-    # come, the decoder has run to the end, and `count` is now the true number of frames: choose
-    # again with it.
+    # Else decode from the start. First assume one frame for each packet.
     count = len(packets)
     while True:
         # The attempt before may have left the decoder anywhere
@@ -715,6 +712,8 @@ def decode_clips(container, stream, choose, convert):
         frames, count = decode_counted(decoder, packets, wanted, convert)
         if len(frames) == len(wanted):
             return clips, frames
+        # A wanted frame did not come, so the decoder has run to the end, and `count` is now the
+        # true number of frames. Choose again with it.
 
 
 def orientation(frame):
@@ -732,8 +731,8 @@ def orientation(frame):
         return False, 0
     is_mirrored = a * d < b * c                         # the determinant is negative
     # Look at the point (0, 1), which mirroring leaves alone. A clockwise turn by A takes it to
-    # (-sin A, cos A), as y points down. The matrix takes (0, 1) to (c, d). So c is -sin A and d is
-    # cos A, up to scale.
+    # (-sin A, cos A), as y points down: a quarter turn takes the bottom, (0, 1), to the left,
+    # (-1, 0). The matrix takes (0, 1) to (c, d). So c is -sin A and d is cos A, up to scale.
     angle = math.degrees(math.atan2(-c, d))
     return is_mirrored, round(angle / 90) % 4
 
@@ -786,7 +785,7 @@ def read_image(path):
     # Pillow, since torchvision's own decoder ends the process at a damaged PNG
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
+            if image.mode[0] in "IF":                   # Pillow's modes of 16 and 32 bits
                 raise ValueError("it has more than 8 bits for each colour")
             return av.VideoFrame.from_image(image)
     except (OSError, SyntaxError, ValueError) as error:         # SyntaxError: some broken PNGs
@@ -828,7 +827,7 @@ def dense_clips(count, frames, stride, clips=1):
 
 
 def segment_clips(count, frames, clips=1):
-    """A random frame from each of `frames` equal segments: how SSv2 is fine-tuned."""
+    """`clips` times a random frame from each of `frames` equal segments: SSv2's fine-tuning."""
     positions = torch.arange(frames) + torch.rand(clips, frames)
     return (positions * count / frames).long().tolist()
 
@@ -941,7 +940,7 @@ def change_colours(frame, name, level, sign):
         # Compared as int16: at a level near 0 the limit is 256, which does not fit in a uint8
         return torch.where(frame.short() < 256 - int(256 * level), frame, 255 - frame)
     if name == "solarize add":
-        return frame + (frame < 128).byte() * int(110 * level)
+        return frame + (frame < 128).byte() * int(110 * level)      # at most 127 + 110
     if name == "saturation":
         return tv.adjust_saturation(frame, factor)
     if name == "contrast":
@@ -968,7 +967,7 @@ def warp_matrix(name, level, sign, H, W):
         "rotate": (turned_x, turned_y),
         "shear x": ((1, slope, 0), (0, 1, 0)),
         "shear y": ((1, 0, 0), (slope, 1, 0)),
-        # Minus, since the map goes from output to input: this moves right or down
+        # Minus, since the map goes from output to input: a positive move is right or down
         "move x": ((1, 0, -move * W), (0, 1, 0)),
         "move y": ((1, 0, 0), (0, 1, -move * H)),
     }
@@ -1001,8 +1000,8 @@ def warp(clip, matrix):
         place = row.clamp(0, H - 1) * W + column.clamp(0, W - 1)
         return place.masked_fill(outside, H * W).flatten()
 
-    # For each new pixel, the four old pixels around the point that it comes from: upper left and
-    # right, lower left and right
+    # For each new pixel, the four old pixels around the point that it comes from, as pairs (left,
+    # right) of indices
     upper = places(row, column), places(row, column + 1)
     lower = places(row + 1, column), places(row + 1, column + 1)
 
@@ -1052,9 +1051,9 @@ def rand_augment(clip, operations):
     """A uint8 clip [T, 3, H, W] after these operations, the same for all its frames.
 
     The operations are those of Pillow, which timm and VideoMAE use, but warps are always
-    bilinear (VideoMAE's are bicubic). One operation's pixels differ from Pillow's by at most
-    one grey level, because Pillow rounds intermediate results. Only where a warp meets a
-    frame's border do they differ by more.
+    bilinear (VideoMAE's are bicubic). Compared with Pillow's own, bilinear too, one operation's
+    pixels differ by at most one grey level, because Pillow rounds intermediate results. Only
+    where a warp meets a frame's border do they differ by more.
     """
     clip = clip.contiguous()            # as warp needs it
     for name, level, sign in operations:
@@ -1271,10 +1270,10 @@ def start_loading(loader):
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
 
-    # A SIGTERM that is sent to all processes of a run must not kill the fork server. The server
-    # inherits which signals this process has blocked, so SIGTERM is blocked while it starts. Python
-    # would start its resource tracker just before the server, and unblock SIGTERM in doing so.
-    # Therefore the tracker is started first.
+    # A SIGTERM that is sent to all processes of a run must not kill the fork server. So SIGTERM is
+    # blocked here while the server starts, since a process inherits what its parent blocks. Before
+    # the server, Python starts its resource tracker, and that start unblocks SIGTERM again. So the
+    # tracker is started first, before the block.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
@@ -1335,10 +1334,10 @@ TOY_CLIPS = {"train": 4000, "val": 400}
 TOY_ROOT = Path("data/toy")
 
 
-def toy_clip(motion, generator):
+def toy_clip(label, generator):
     """A window that moves steadily over a texture: uint8 [TOY_FRAMES, TOY_SIZE, TOY_SIZE, 3].
 
-    `motion` is the number of its class. Whatever its class, each clip has a random texture,
+    `label` is the number of its class. Whatever its class, each clip has a random texture,
     speed and brightness, and a random position, angle and zoom of the window at the middle
     of the clip. Before and after, only the class's own motion changes what is seen. So the
     middle frames tell almost nothing of the class.
@@ -1354,7 +1353,7 @@ def toy_clip(motion, generator):
     # Each frame's distance from the middle of the clip, in frames, times the speed (0.75 to 1.25)
     moved = (torch.arange(TOY_FRAMES) - (TOY_FRAMES - 1) / 2) * (0.75 + speed / 2)
     # The window's shift, turn and growth in each frame, compared with the middle of the clip
-    right, down, turned, grown = (factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[motion]])
+    right, down, turned, grown = (factor * moved for factor in TOY_MOTIONS[TOY_CLASSES[label]])
     angle = 2 * math.pi * turn + turned
     log_size = 0.9 * (0.5 - zoom) + grown
 
@@ -1411,10 +1410,10 @@ def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS):
             (temporary / split).mkdir(parents=True)
             lists[split] = []
             for i in range(count):
-                motion = i % len(TOY_CLASSES)
+                label = i % len(TOY_CLASSES)
                 name = f"{split}/{i:05d}.mp4"
-                write_video(temporary / name, toy_clip(motion, generator))
-                lists[split].append(f"{name} {motion}")
+                write_video(temporary / name, toy_clip(label, generator))
+                lists[split].append(f"{name} {label}")
                 progress.update()
         lists["few"] = lists["train"][:10 * len(TOY_CLASSES)]
         for name, lines in lists.items():
@@ -1425,6 +1424,10 @@ def make_toy_set(root=TOY_ROOT, clips=TOY_CLIPS):
 
 
 # --- Commands: check and shrink ---------------------------------------------
+
+# FFmpeg's numbers of colour spaces. With UNSPECIFIED, a player assumes the usual one.
+RGB = 0
+UNSPECIFIED = 2
 
 
 class Jobs(Dataset):
@@ -1508,9 +1511,9 @@ def add_shrunk_stream(writer, frame, is_turned, stream, short_side, key_frames):
         "libx264", rate=rate or 25, width=width, height=height,
         time_base=stream.time_base if stream else Fraction(1, 25), thread_count=1,
         options=options, colorspace=colorspace, color_range=frame.color_range)
-    shape = stream.sample_aspect_ratio if stream else None      # of a pixel
-    if shape:
-        output.sample_aspect_ratio = 1 / shape if is_turned else shape
+    pixel_aspect = stream.sample_aspect_ratio if stream else None
+    if pixel_aspect:
+        output.sample_aspect_ratio = 1 / pixel_aspect if is_turned else pixel_aspect
     return output
 
 

@@ -38,7 +38,7 @@ from train_pretrain import (
 ENCODER_KEYS = ("cube", "width", "depth", "heads", "mlp_ratio", "positions")
 # The encoder's other arguments. set_pretrained_clip compares pretrained_clip with the checkpoint;
 # the rest may differ.
-CLIP_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
+OTHER_ENCODER_KEYS = ("frames", "size", "pretrained_clip", "checkpointing")
 # What finetune.test_only takes from the checkpoint, in place of a preset's values. A
 # section.key=value of the command line has the last word.
 TEST_SETTINGS = ("finetune.sampling", "data.stride", "model.frames", "model.size")
@@ -54,7 +54,7 @@ CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
 def encoder_arguments(settings):
     """Encoder's arguments, from section `model` of the settings."""
-    return {key: settings[key] for key in ENCODER_KEYS + CLIP_KEYS}
+    return {key: settings[key] for key in ENCODER_KEYS + OTHER_ENCODER_KEYS}
 
 
 def linear_head(width, classes):
@@ -187,9 +187,9 @@ def load_weights(model, path, classes):
         if key in content:
             origin = f"{path} after {key} {content[key]}"
 
-    # The same model and classes: take everything. A checkpoint without class names, such as
-    # VideoMAE's, is judged by the names and shapes of its tensors alone. Lists without class names
-    # have the classes "0", "1" and so on. So two such lists agree if their numbers of classes do.
+    # Take everything if classes, Python class, and the names and shapes of all tensors agree. What
+    # a checkpoint does not record (VideoMAE's has no classes) counts as agreeing. Unnamed classes
+    # are called "0", "1" and so on, so they agree if there are equally many.
     own = model.state_dict()
     model_class = type(model).__name__
     if (content.get("classes", classes) == classes
@@ -230,13 +230,14 @@ def load_weights(model, path, classes):
 def finetuned_classifier(checkpoint):
     """For other programs: (model, class names) from a checkpoint that this script wrote.
 
-    model(video [B, 3, T, H, W]) gives logits [B, classes]. ValueError for any other checkpoint.
-    If a fork trained a Python class of its own, first set train_finetune.Classifier (or Probe)
-    to that class.
+    `checkpoint` is the content of the file, as load_checkpoint gives it, not its path.
+    model(video [B, 3, T, H, W]), normalised as by data.normalise, gives logits [B, classes].
+    ValueError for any other checkpoint. If a fork trained a Python class of its own, first
+    set train_finetune.Classifier (or Probe) to that class.
     """
     if "classes" not in checkpoint:
-        raise ValueError("finetuned_classifier needs a checkpoint of train_finetune.py; for a "
-                         "pretraining's, use pretrained_encoder of arvideo.py")
+        raise ValueError("finetuned_classifier needs a checkpoint of train_finetune.py; for one of "
+                         "train_pretrain.py, use pretrained_encoder of arvideo.py")
     classes = checkpoint["classes"]
     model = build_model(checkpoint["config"], len(classes))
     saved_class = checkpoint.get("model_class", type(model).__name__)
@@ -279,12 +280,13 @@ def evaluate(model, entries, config, machine, clips, crops):
     """
     choose = frame_chooser(config, data.dense_views, data.segment_views, clips)
     videos = data.Views(entries, choose, config["model"]["size"], crops)
-    view_limit = config["run"]["max_batch"] or 32       # views that a process takes at once
+    # Views that a process takes at once. (In training, run.max_batch counts videos.)
+    view_limit = config["run"]["max_batch"] or 32
     batch_size = max(1, view_limit // (clips * crops))
-    groups = torch.arange(len(entries)).split(batch_size)[machine.rank::machine.world_size]
-    # load_batches cuts `order` into pieces of batch_size, which gives the groups again, since all
-    # but the last one are full
-    order = [i for group in groups for i in group.tolist()]
+    # Entry i is in batch i // batch_size, and each process takes every world_size-th batch.
+    # load_batches makes the same batches again, since only the last of all may be shorter.
+    order = [i for i in range(len(entries))
+             if i // batch_size % machine.world_size == machine.rank]
     batches = data.load_batches(
         videos, batch_size, order, machine.workers,
         pin_memory=machine.device.type == "cuda", context=machine.worker_context)
@@ -470,11 +472,11 @@ def require_same_encoder(path, saved, settings):
 
 
 def set_pretrained_clip(path, saved, settings):
-    """If model.pretrained_clip is set to [0, 0], take the checkpoint's. Returns lines to print.
+    """Replace model.pretrained_clip by the checkpoint's if it is [0, 0]. Returns lines to print.
 
-    `saved` is the checkpoint's section `model`, empty if it is not ours. From a checkpoint that
-    is not ours, VIDEOMAE_CLIP is taken.
-    UserError if the settings and a checkpoint of ours say different things.
+    `saved` is the checkpoint's section `model`, empty if it is not ours. The clip of such a
+    checkpoint is not known: model.pretrained_clip may name it, else it is VIDEOMAE_CLIP.
+    UserError if model.pretrained_clip is set and a checkpoint of ours has another.
     """
     asked = settings["pretrained_clip"]
     if not saved:

@@ -175,10 +175,10 @@ def fill_in_names(config, presets, stage, init_is_given):
     # Presets that set nothing but `finetune` are left out of the pretraining's name: `toy linear`
     # begins from runs/toy/pretrain. If all presets are such, none is left out.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
-    # finetune.init already holds the command line's value, else a preset's, else ""
-    if finetune["test_only"] and not init_is_given:
+    # finetune.init now holds the command line's value (case 1), else a preset's (3), else ""
+    if finetune["test_only"] and not init_is_given:         # case 2
         finetune["init"] = f"{run['output']}/last.pt"
-    if not finetune["init"]:
+    if not finetune["init"]:                                # case 4
         finetune["init"] = f"runs/{'-'.join(pretraining_names or names)}/pretrain/last.pt"
     run["output"] = os.path.expanduser(run["output"])
     finetune["init"] = os.path.expanduser(finetune["init"])
@@ -284,7 +284,7 @@ def join_processes(device):
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the old processes. So each
     # restart has a prefix of its own in the store. Several machines may count their restarts
-    # differently: there the setting in the README's troubleshooting is needed instead.
+    # differently: there the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead (see README).
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
@@ -403,7 +403,7 @@ class Plan(NamedTuple):
     """Batch sizes and schedule, computed once. A batch counts videos, not clips."""
     batch: int                  # of a step, over all processes
     repeats: int                # clips of each video
-    micro_batch: int            # what a process takes at once
+    micro_batch: int            # videos that a process takes at once, at most run.max_batch
     accumulation: int           # micro-batches of a process in a step
     steps_per_epoch: int
     steps: int
@@ -485,8 +485,9 @@ def clip_gradients(machine, model, optimizer, limit):
 def make_optimizer(model, settings, device, scale=lambda name: 1.0):
     """AdamW, without weight decay on one-dimensional parameters: biases, norms, Decoder's query.
 
-    In a fork that learns positions, these are not decayed either. scale(name) multiplies
-    the learning rate of a parameter. Every group keeps this factor under the key "scale".
+    In a fork that learns positions, these are not decayed either. (The query of an attentive
+    probe is decayed: it has three dimensions.) scale(name) multiplies the learning rate of a
+    parameter. Every group keeps this factor under the key "scale".
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -708,9 +709,9 @@ class Training:
 
     def require_finite(self, loss, norm, lr):
         """Stop if the loss or the gradient is not finite; the last checkpoint stays good."""
-        # In fp16 an occasional infinite norm is harmless: the scaler has scaled the gradient up too
-        # far, skips this update and halves its scale. At a scale of 1 the gradient itself is too
-        # large for fp16.
+        # In fp16 an infinite norm usually means that the scaler has scaled the gradient up too far.
+        # It then skips this update and halves its scale, which is harmless. But at a scale of 1,
+        # the gradient itself is too large for fp16, and the run must stop.
         scaler = self.machine.scaler
         can_recover = scaler.is_enabled() and scaler.get_scale() > 1
         norm_is_fine = math.isfinite(norm) or can_recover
@@ -852,6 +853,7 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
             waited += time.perf_counter() - asked
         reasons += batch.unreadable
         if batch.clips is None:
+            # Not machine.stop, since the other processes may be fine; torchrun ends them
             raise UserError(f"{data.Videos.TRIES} videos in a row are unreadable, for example: "
                             f"{reasons[-1]}")
 
@@ -867,19 +869,28 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
 
 
 def call_if_defined(model, method, *arguments):
-    """Call a method that a fork's model may have."""
+    """Call a method that a fork's model may have: before_step(step, steps) or after_step.
+
+    The first one's `step` counts from 0. For after_step it is the number of steps made.
+    """
     if hasattr(model, method):
         getattr(model, method)(*arguments)
+
+
+# Two functions that are given to fit:
+# - loss_of(forward, batch, step, rows) is the loss of a micro-batch. `forward` is the model as
+#   wrap_model gives it, `batch` a data.Batch, and `rows` [b] are its rows in the global batch.
+# - end_epoch(epoch, is_last, log) runs in every process after each epoch and, in a new run, once
+#   before the first step, as epoch 0. It returns None or scores, which are logged except for epoch
+#   0. `log` is a Log in the first process, and None in the others.
 
 
 def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **must_match):
     """Train `model` on `videos` as section `stage` says. Resume if run.output has a checkpoint.
 
-    `videos` are as read_batches needs them. loss_of(forward, batch, step, rows) is the loss of a
-    micro-batch: `forward` as wrap_model gives it, a data.Batch, its rows [b] in the global batch.
-    end_epoch(epoch, is_last, log) runs in every process, also before the first step, as epoch 0.
-    It returns None or scores, which are logged except for epoch 0. `log` is the first process's
-    Log, else None. A run resumes only if `must_match` is the same. Returns whether it trained.
+    `videos` are as read_batches needs them; loss_of and end_epoch are described above.
+    `must_match` is saved in the checkpoint, each value under its name. A run resumes only if
+    they are the same. Returns False if the run was finished before, else True.
     """
     training = Training(config, stage, machine, model, optimizer, len(videos), must_match)
     training.resume()
