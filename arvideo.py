@@ -375,7 +375,8 @@ class Encoder(nn.Module):
         for each.
         """
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # To .data, since a fork may have made positions a Parameter
+        # To .data, since a fork that learns positions makes them a Parameter, and no plain tensor
+        # can be assigned to that
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 
@@ -486,7 +487,8 @@ class ARVideo(nn.Module):
     Its arguments are section `model` of config.yaml, which explains them. The
     paper's ablations (Tables 1 and 6 to 10) change them. `mask_ratio` is the
     share of hidden tokens. `predict_after` is how many places at the start of
-    the order are not predicted, 1 or more. `pretrained_clip` is for fine-tuning.
+    the order are not predicted, 1 or more. `pretrained_clip` is for fine-tuning,
+    which reads section `model` too, and stays (0, 0) here.
     `predict_ratio` is not in the paper: the share of each cluster's tokens that is
     predicted, drawn anew in every training step.
     Raises ValueError where sizes do not fit or a value is out of range.
@@ -549,7 +551,7 @@ class ARVideo(nn.Module):
         if not 1 <= self.predict_after < M:
             raise ValueError(
                 f"predict_after {self.predict_after} is out of range: it is the number of places "
-                f"at the start that are not predicted, from 1 to {M - 1}")
+                f"at the start that are not predicted, 1 or more, and fewer than the {M} clusters")
         self.visible_count = count_share(K, 1 - self.mask_ratio)        # V
         self.predicted_count = count_share(K, self.predict_ratio)       # R
 
@@ -599,7 +601,7 @@ class ARVideo(nn.Module):
         return prediction.unflatten(2, self.target_shape())
 
     def statistics(self, cubes):
-        """Mean and deviation [..., 1] over the last dimension: of each cube, for each colour.
+        """Mean and deviation over the last dimension, [..., 1]: one for each cube and colour.
 
         The deviation is the unbiased one. Without normalise_target: 0 and 1.
         """
@@ -679,6 +681,7 @@ def pretrained_encoder(checkpoint, model_class=ARVideo, frames=None, size=None):
     Raises RuntimeError, naming the tensors, if the weights do not fit the encoder, and
     TypeError if `model_class` lacks an argument that the trained class had.
     """
+    # Every checkpoint of train_finetune.py has classes, and none of train_pretrain.py
     if "config" not in checkpoint or "classes" in checkpoint:
         raise ValueError("pretrained_encoder needs a checkpoint of train_pretrain.py; for a "
                          "fine-tuned one, use finetuned_classifier of train_finetune.py")

@@ -5,8 +5,9 @@ A video's way from a line of a CSV file to the loss:
 1. `read_annotations` turns the line into an Entry: the path of the video and the
    number of its class.
 2. `training_order` decides which entries each step trains on, and in which process.
-3. `load_batches` has worker processes read them: `Videos` asks `read_clips`, which
-   counts the frames, lets it choose some, and decodes these. Then it crops the clips.
+3. `load_batches` has worker processes read them. There `Videos` calls `read_clips`,
+   which counts the frames, has `Videos.choose` pick some, and decodes these. Then
+   `Videos` crops the clips.
 4. `collate` joins the clips of a micro-batch into a Batch, as uint8.
 5. `normalise` moves it to the device and makes it floats.
 6. `ARVideo.forward` cuts it into cubes and returns the loss.
@@ -260,8 +261,8 @@ def read_class_names(path):
 def refuse_other_classes(source, names, classes):
     """UserError if a list's labels evidently number other classes than the known `classes`.
 
-    `names` is the content of classes.txt beside the list, or None. Without it, only classes
-    whose names are numbers can be checked. Labels for other classes are taken on trust.
+    `names` is the content of classes.txt beside the list, or None. Without it, only the known
+    classes whose names are numbers are checked.
     """
     # A training list without classes.txt has the classes "0", "1", "2" and so on, which no names
     # can contradict
@@ -500,8 +501,9 @@ def read_packets(container, stream):
     with contextlib.suppress(av.error.InvalidDataError):
         for packet in container.demux(stream):
             # Corrupt packets at the start are skipped. After the first good packet, a corrupt one
-            # is the break: from there on nothing is kept. The loop only reads on in case the disk
-            # has failed. Then the next read raises the disk's error.
+            # is the break, and nothing from there on is kept. The loop still reads on: if the
+            # cause is a failing disk, the next read raises its error, and the video counts as
+            # unreadable and not as a short one.
             if packet.is_corrupt and packets:
                 is_broken = True
             # The very last packet is empty
@@ -682,8 +684,9 @@ def decode_clips(container, stream, choose, convert):
     """Decode the frames that choose(number of frames) asks for.
 
     Returns (clips, {id: converted frame}); a clip is a list of frame ids. An id is a
-    timestamp, or a frame number where timestamps cannot be trusted. choose is called
-    again if decoding by timestamps fails, or if there are fewer frames than was thought.
+    timestamp, or a frame number if timestamps cannot be trusted or decoding by them fails.
+    In the latter case choose is called again, and so it is if there are fewer frames than
+    was thought.
     """
     packets = read_packets(container, stream)
     decoder = stream.codec_context
@@ -1051,9 +1054,9 @@ def rand_augment(clip, operations):
     """A uint8 clip [T, 3, H, W] after these operations, the same for all its frames.
 
     The operations are those of Pillow, which timm and VideoMAE use, but warps are always
-    bilinear (VideoMAE's are bicubic). Compared with Pillow's own, bilinear too, one operation's
-    pixels differ by at most one grey level, because Pillow rounds intermediate results. Only
-    where a warp meets a frame's border do they differ by more.
+    bilinear (VideoMAE's are bicubic). Pillow rounds intermediate results, so after one operation
+    a pixel may differ by one grey level from Pillow's with bilinear warps. Where a warp meets a
+    frame's border it may differ by more.
     """
     clip = clip.contiguous()            # as warp needs it
     for name, level, sign in operations:
@@ -1157,7 +1160,8 @@ class Videos(Dataset):
         """[R, 3, T, size, size]"""
         clips = []
         for clip in read_clips(path, self.choose):              # [T, H, W, 3]
-            # Not made contiguous: torchvision crops and resizes this view three times faster
+            # Not made contiguous: torchvision crops and resizes this view three times faster.
+            # (In fine-tuning, rand_augment makes it contiguous, since warp needs that.)
             clip = self.augment(clip.permute(0, 3, 1, 2))       # [T, 3, size, size]
             clips.append(clip.transpose(0, 1))
         return torch.stack(clips)
@@ -1246,9 +1250,9 @@ def begin_worker(_):
     """For workers: the process that they work for decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # torch ends a worker whose parent in the operating system, os.getppid(), has ended. Under
-    # "forkserver" that is the fork server, which lives as long as its workers. So a thread watches
-    # the process that the worker works for.
+    # torch ends a worker once its parent in the operating system, os.getppid(), has ended. Under
+    # "forkserver" this parent is the fork server, which does not end before its workers do. So a
+    # thread watches the process that the worker works for.
     process = multiprocessing.parent_process()
     if process.pid != os.getppid():
         threading.Thread(target=end_with, args=(process,), daemon=True).start()
@@ -1265,15 +1269,15 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # Registered here and not on import: if multiprocessing forked this process, what was registered
-    # before the fork is lost (Python 3.13 and later). Killing twice does no harm.
+    # Registered here and not on import: if this process is itself a fork by multiprocessing, Python
+    # 3.13 and later has dropped what its parent had registered. Killing twice does no harm.
     atexit.register(kill_workers)
     others = multiprocessing.active_children()
 
-    # A SIGTERM that is sent to all processes of a run must not kill the fork server. So SIGTERM is
-    # blocked here while the server starts, since a process inherits what its parent blocks. Before
-    # the server, Python starts its resource tracker, and that start unblocks SIGTERM again. So the
-    # tracker is started first, before the block.
+    # A SIGTERM that is sent to all processes of a run must not kill the fork server. A process
+    # inherits what its parent blocks, so SIGTERM is blocked while the server starts. Starting
+    # Python's resource tracker would unblock it again, so that is started before the block.
+    # Under "fork" the workers inherit the block. It does no harm: they ignore SIGTERM anyway.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
@@ -1339,8 +1343,8 @@ def toy_clip(label, generator):
 
     `label` is the number of its class. Whatever its class, each clip has a random texture,
     speed and brightness, and a random position, angle and zoom of the window at the middle
-    of the clip. Before and after, only the class's own motion changes what is seen. So the
-    middle frames tell almost nothing of the class.
+    of the clip. From there, backward and forward, only the class's own motion changes what
+    is seen. So the middle frames tell almost nothing of the class.
     """
     # A texture of three octaves
     texture = 0

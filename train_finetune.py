@@ -243,7 +243,7 @@ def finetuned_classifier(checkpoint):
     saved_class = checkpoint.get("model_class", type(model).__name__)
     if type(model).__name__ != saved_class:
         raise ValueError(f"the checkpoint is of the Python class {saved_class}: first set "
-                         f"train_finetune.Classifier = {saved_class}")
+                         "train_finetune.Classifier (or Probe) to this class")
     model.load_state_dict(checkpoint["model"])
     return model.eval(), classes
 
@@ -283,8 +283,9 @@ def evaluate(model, entries, config, machine, clips, crops):
     # Views that a process takes at once. (In training, run.max_batch counts videos.)
     view_limit = config["run"]["max_batch"] or 32
     batch_size = max(1, view_limit // (clips * crops))
-    # Entry i is in batch i // batch_size, and each process takes every world_size-th batch.
-    # load_batches makes the same batches again, since only the last of all may be shorter.
+    # Entry i is in batch i // batch_size, and each process takes every world_size-th batch. Only
+    # the very last batch may be shorter, and it comes last in its process. So load_batches, which
+    # cuts `order` into pieces of batch_size, makes these same batches.
     order = [i for i in range(len(entries))
              if i // batch_size % machine.world_size == machine.rank]
     batches = data.load_batches(
@@ -472,7 +473,7 @@ def require_same_encoder(path, saved, settings):
 
 
 def set_pretrained_clip(path, saved, settings):
-    """Replace model.pretrained_clip by the checkpoint's if it is [0, 0]. Returns lines to print.
+    """Where model.pretrained_clip is [0, 0], set it to the checkpoint's. Returns lines to print.
 
     `saved` is the checkpoint's section `model`, empty if it is not ours. The clip of such a
     checkpoint is not known: model.pretrained_clip may name it, else it is VIDEOMAE_CLIP.

@@ -137,7 +137,8 @@ def set_value(config, section, key, value):
 def check_ranges(config):
     """UserError for a choice that does not exist, or a number out of range.
 
-    The choices and ratios of section `model` are checked by ARVideo; see build_arvideo.
+    The choices and ratios of section `model` are checked where the model is built: all of them
+    by ARVideo (see build_arvideo), and in fine-tuning the encoder's by Encoder.
     """
     for section, values in config.items():
         for key, value in values.items():
@@ -173,7 +174,7 @@ def fill_in_names(config, presets, stage, init_is_given):
     run["output"] = run["output"] or f"runs/{'-'.join(names)}/{stage}"
 
     # Presets that set nothing but `finetune` are left out of the pretraining's name: `toy linear`
-    # begins from runs/toy/pretrain. If all presets are such, none is left out.
+    # begins from runs/toy/pretrain. If all presets are such, all stay, so that there is a name.
     pretraining_names = [name for name, sections in presets if set(sections) != {"finetune"}]
     # finetune.init now holds the command line's value (case 1), else a preset's (3), else ""
     if finetune["test_only"] and not init_is_given:         # case 2
@@ -637,6 +638,7 @@ class Training:
         self.must_match = dict(
             stage=stage, videos=video_count, model_class=type(model).__name__, **must_match)
         self.path = Path(config["run"]["output"], "last.pt")
+        # So that resume() can tell if arvideo.py has changed
         self.code = hashlib.sha256(Path(arvideo.__file__).read_bytes()).hexdigest()[:12]
         self.step = 0               # steps made
         self.tried = 0              # videos tried, with those drawn in place of unreadable ones
@@ -811,7 +813,8 @@ def wrap_model(model, machine):
     if machine.world_size == 1:
         return model
     with warnings.catch_warnings():
-        # From torch 2.14 on, broadcast_buffers has another name, unknown to 2.11, our oldest torch
+        # torch 2.14 has another name for broadcast_buffers, and warns at this one. Our oldest
+        # torch, 2.11, knows only this one.
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             model,
@@ -871,7 +874,7 @@ def accumulate_gradients(forward, batches, step, plan, machine, loss_of):
 def call_if_defined(model, method, *arguments):
     """Call a method that a fork's model may have: before_step(step, steps) or after_step.
 
-    The first one's `step` counts from 0. For after_step it is the number of steps made.
+    `step` counts from 0 in before_step. In after_step it is the number of steps made.
     """
     if hasattr(model, method):
         getattr(model, method)(*arguments)
@@ -929,7 +932,7 @@ def fit(config, stage, machine, model, videos, optimizer, loss_of, end_epoch, **
             training.count_unreadable(reasons, int(unreadable))
             training.log_step(loss, lr, norm, time.perf_counter() - began, waited)
 
-            # At an epoch's end: validate, or make a picture
+            # At an epoch's end: validate, or make a picture and keep a checkpoint
             scores = None
             epoch, step_of_epoch = divmod(training.step, plan.steps_per_epoch)
             if step_of_epoch == 0:

@@ -364,7 +364,7 @@ def test_a_forks_classifier_is_not_taken_for_ours(tmp_path, monkeypatch):
     content = dict(model=build_model(config, 8).state_dict(), model_class="FirstToken",
                    config=config, classes=LETTERS)
     torch.save(content, tmp_path / "fork.pt")
-    with pytest.raises(ValueError, match="set train_finetune.Classifier = FirstToken"):
+    with pytest.raises(ValueError, match="class FirstToken: first set train_finetune.Classifier"):
         finetuned_classifier(content)
     with pytest.raises(UserError, match="fork.pt holds no Classifier of these classes"):
         begin(build_model(config, 8), config, LETTERS)
