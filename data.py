@@ -290,9 +290,15 @@ def find_file(name, folders):
     for folder in folders:
         for candidate in (name, stem + ".mp4"):
             path = folder / candidate
-            if os.path.exists(path):
+            if os.path.isfile(path) or is_image_folder(path):
                 return path
     return None
+
+
+def is_image_folder(path):
+    return os.path.isdir(path) and any(
+        has_suffix(name, IMAGE_SUFFIXES) and not name.startswith(".")
+        for name in os.listdir(path))
 
 
 def number_classes(source, named, classes):
@@ -367,12 +373,13 @@ def read_annotations(source, root="", classes=None):
     else:
         text = read_text(source)
         first_line = text.lstrip().partition("\n")[0].lower()
-        # JSON begins with `[{` or `[]`. A list may begin with a video that is named `[1].mp4`.
-        if re.match(r"\s*\[\s*[{\]]", text):
+        # JSON begins with `[{`, with `[]`, or with a line that is only `[`. A list may begin with a
+        # video that is named `[1].mp4`.
+        if re.match(r"\s*\[\s*[{\]\n]", text):
             named = read_something(source, text)
             classes = classes or read_something_classes(source)
             find = files_by_stem(root).get
-        elif "youtube_id" in re.split(r'[,;"\s]+', first_line):
+        elif "youtube_id" in re.split(r'\s*[,;\t"]\s*', first_line.strip()):
             named = read_kinetics(source, text)
             find = files_by_stem(root).get
         else:
@@ -806,7 +813,11 @@ def read_clips(path, choose):
         files = image_files(path)
         clips = clamp(choose(len(files)), len(files))
         wanted = {number for clip in clips for number in clip}
-        return assemble(clips, {number: read_image(files[number]) for number in wanted})
+        images = {number: read_image(files[number]) for number in wanted}
+        try:
+            return assemble(clips, images)
+        except av.error.FFmpegError as error:           # images of all too different shapes
+            raise UnreadableVideo(f"{path}: {error}") from None
     with open_video(path) as (container, stream):
         return assemble(*decode_clips(container, stream, choose, reformat))
 
@@ -1488,7 +1499,8 @@ def unreadable_reason(path):
     """None, or why the video is unreadable.
 
     A file that breaks off is readable if what comes before the break decodes. There is one
-    exception: without timestamps, a damaged frame at the break makes it unreadable.
+    exception: without timestamps, a damaged frame at the break makes it unreadable. A damaged
+    frame counts even if an edit list hides it.
     """
     try:
         for _ in timed_frames(path):

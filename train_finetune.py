@@ -54,7 +54,8 @@ CLASSIFIER_PARTS = ("fc_norm.", "head.")
 
 def encoder_arguments(settings):
     """Encoder's arguments, from section `model` of the settings."""
-    return {key: settings[key] for key in ENCODER_KEYS + OTHER_ENCODER_KEYS}
+    # The settings in an older checkpoint may lack a newer key: then Encoder's default holds
+    return {key: settings[key] for key in ENCODER_KEYS + OTHER_ENCODER_KEYS if key in settings}
 
 
 def linear_head(width, classes):

@@ -37,7 +37,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-import arvideo
 import data
 from arvideo import ARVideo
 from data import UserError, stream_seed
@@ -86,8 +85,9 @@ def read_settings(path):
         line = error.problem_mark.line + 1
         raise UserError(f"{path}, line {line}: {error.problem}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(getattr(error, "strerror", None) or error)
         # Some of YAML's messages have several lines
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: {' '.join(reason.split())}") from None
     if not isinstance(settings, dict) or not all(isinstance(x, dict) for x in settings.values()):
         raise UserError(f"{path}: expected sections of settings, as in {CONFIG.name}")
     return settings
@@ -106,20 +106,22 @@ def as_kind_of(default, value, name):
     """`value`, of the type of `default`. UserError if it is of another type.
 
     Where a float is wanted, an int is taken, and text such as 1e-3, which YAML reads as text.
-    A list must be as long as its default, unless that is empty, as it may be in a fork.
+    A list must be as long as its default. If that is empty, as it may be in a fork, any list
+    will do.
     """
     kind = type(default)
     if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    fits = type(value) is kind
-    if fits and kind is list and default:
-        fits = len(value) == len(default)
-    if not fits:
+    if kind is list and type(value) is list and not default:
+        return value
+    if kind is list and type(value) is list and len(value) == len(default):
+        return [as_kind_of(like, item, name) for like, item in zip(default, value)]
+    if kind is list:
+        raise UserError(f"{name} must be a list of {len(default)}, like {default}; found {value!r}")
+    if type(value) is not kind:
         raise UserError(f"{name} must be of kind {kind.__name__}, like {default!r}; "
                         f"found {value!r}")
-    if kind is list and default:
-        return [as_kind_of(like, item, name) for like, item in zip(default, value)]
     return value
 
 
@@ -555,6 +557,18 @@ def lock_folder(output):
     return file
 
 
+def code_version(model):
+    """A hash of the source files of the model's Python classes, without torch's."""
+    names = {type(module).__module__ for module in model.modules()}
+    content = hashlib.sha256()
+    for name in sorted(names):
+        # A notebook has no __file__, and a module loaded by hand may be missing from sys.modules
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path and not name.startswith("torch"):
+            content.update(Path(path).read_bytes())
+    return content.hexdigest()[:12]
+
+
 class Log:
     """log.jsonl, a line for every step and every validation; TensorBoard where installed.
 
@@ -638,8 +652,7 @@ class Training:
         self.must_match = dict(
             stage=stage, videos=video_count, model_class=type(model).__name__, **must_match)
         self.path = Path(config["run"]["output"], "last.pt")
-        # So that resume() can tell if arvideo.py has changed
-        self.code = hashlib.sha256(Path(arvideo.__file__).read_bytes()).hexdigest()[:12]
+        self.code = code_version(model)
         self.step = 0               # steps made
         self.tried = 0              # videos tried, with those drawn in place of unreadable ones
         self.unreadable = 0         # how many of these were unreadable
@@ -658,7 +671,7 @@ class Training:
             if checkpoint["scaler"]:                    # empty except after fp16
                 self.machine.scaler.load_state_dict(checkpoint["scaler"])
             if checkpoint.get("code", self.code) != self.code and self.machine.is_first:
-                print(f"arvideo.py has changed since {self.path} was written")
+                print(f"The files that define the model have changed since {self.path} was written")
             self.step = checkpoint["step"]
             self.tried = checkpoint["tried"]
             self.unreadable = checkpoint["unreadable"]

@@ -463,6 +463,7 @@ CSV_HEADER = "label,youtube_id,time_start,time_end\n"
     ("list.json", '[{"id": "7", "template": "Eating [something]"}]',
      "class 'Eating something' is not among"),
     ("list.json", "[{", "expected a JSON list"),
+    ("list.json", '[\n"7"]', "expected a JSON list"),
     # Here the annotations are themselves the labels.json that should lie beside them
     ("labels.json", '[{"id": "7", "template": "Holding [something]"}]',
      "labels.json: expected a JSON object of class names"),

@@ -430,7 +430,7 @@ def bad(tmp_path_factory, toy, finished):
 PRETRAIN = [
     # Presets and settings
     ("toyy", "preset 'toyy' is unknown; did you mean 'toy'"),
-    ("nowhere.yaml", "No such file or directory: 'nowhere.yaml'"),
+    ("nowhere.yaml", "nowhere.yaml: No such file or directory"),
     ("{bad}/key.yaml", "key of section model 'widht' is unknown; did you mean 'width'"),
     ("{bad}/kind.yaml", "model.width must be of kind int, like 768; found 'wide'"),
     ("{bad}/tab.yaml", r"tab.yaml, line 2: found character '\t'"),

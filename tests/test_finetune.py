@@ -982,7 +982,6 @@ def test_unlabelled_videos_get_the_same_names_from_any_number_of_processes(
     assert "13 videos, 1 of them unreadable; they have no labels, so there is nothing to" in printed
     results, rows = read_results(tmp_path / "one")
     assert "top1" not in results
-    assert "top1" not in results
     for row, labelled in zip(rows[1:], read_results(output)[1][1:], strict=True):
         assert row[:2] == [labelled[0], ""]
         assert row[2:3] == labelled[2:3]

@@ -78,9 +78,9 @@ MISTAKES = [
     ("pretrain.batch=1.5", "pretrain.batch must be of kind int"),
     ("pretrain.lr=fast", "pretrain.lr must be of kind float"),
     ("pretrain.flip=1", "pretrain.flip must be of kind bool"),
-    ("model.cube=[2, 16]", "model.cube must be of kind list, like [2, 4, 4]"),
+    ("model.cube=[2, 16]", "model.cube must be a list of 3"),
     ("model.cube=[2, 16, x]", "model.cube must be of kind int"),
-    ("model.cube=[2, 16", "model.cube must be of kind list, like [2, 4, 4]"),
+    ("model.cube=[2, 16", "model.cube must be a list of 3"),
     ("batch=3", "'batch=3' is not of the form section.key=value"),
 ]
 
@@ -155,13 +155,13 @@ def test_mistakes_in_a_settings_file_are_named(tmp_path, text, culprit):
 
 
 def test_an_absent_settings_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="absent.yaml: .*No such file"):
+    with pytest.raises(UserError, match="absent.yaml: No such file"):
         load_config([str(tmp_path / "absent.yaml")], "pretrain")
 
 
 def test_a_list_is_of_any_length_only_where_its_default_is_empty():
     assert train_pretrain.as_kind_of([], [1, "a", 2.5], "fork.list") == [1, "a", 2.5]
-    with pytest.raises(UserError, match="fork.list must be of kind list"):
+    with pytest.raises(UserError, match="fork.list must be a list of 2"):
         train_pretrain.as_kind_of([1, 2], [1, 2, 3], "fork.list")
 
 
@@ -596,7 +596,7 @@ def test_a_run_that_resumes_with_other_code_says_so(toy, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys.modules["arvideo"], "__file__", str(changed))
     train_here(toy, tmp_path, "pretrain.epochs=3")
     printed = capsys.readouterr().out
-    assert printed.count("arvideo.py has changed since") == 1
+    assert printed.count("The files that define the model have changed since") == 1
 
 
 # --- Equal runs -------------------------------------------------------------

@@ -725,6 +725,11 @@ def test_images_become_rgb_of_one_size(tmp_path):
     assert frames.shape == (5, 48, 64, 3)
     assert (frames[:4] == (200, 20, 20)).all()
     assert (frames[4] == 99).all()
+    # FFmpeg cannot make a column of one pixel's width a row
+    Image.new("RGB", (1, 500)).save(tmp_path / "0.png")
+    Image.new("RGB", (500, 1)).save(tmp_path / "1.png")
+    with pytest.raises(UnreadableVideo, match=str(tmp_path)):
+        read_all(tmp_path)
 
 
 def damage_image(path):
@@ -774,8 +779,10 @@ def test_folders_of_images_are_found_like_videos(tmp_path):
     assert named(entries) == [("3", 0), ("4.mp4", 0), ("12", 1), ("7", 1)]
     assert classes == ["clap", "wave"]
 
+    # In a list, a folder without images does not hide a video of its name
+    (tmp_path / "videos" / "clap" / "4").mkdir()
     listed = tmp_path / "list.txt"
-    listed.write_text("wave/7 5\nclap/4.mp4 6\nclap/3 7\n")
+    listed.write_text("wave/7 5\nclap/4 6\nclap/3 7\n")
     entries, _ = read_annotations(listed, tmp_path / "videos")
     assert named(entries) == [("7", 5), ("4.mp4", 6), ("3", 7)]
 
