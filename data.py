@@ -1570,18 +1570,21 @@ def shrink_video(job, short_side, key_frames):
     """
     source, target = job
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        written = write_shrunk(source, temporary, short_side, key_frames)
-        with open_video(temporary) as (container, stream):
-            packets = read_packets(container, stream)
-        shown = sum(not packet.is_discard for packet in packets)
-        if shown != written:
-            raise UnreadableVideo(f"{source}: {written - shown} of {written} frames were lost")
-        temporary.replace(target)
-    except (UnreadableVideo, av.error.FFmpegError) as error:
-        temporary.unlink(missing_ok=True)
-        return f"{source}: {error}" if isinstance(error, av.error.FFmpegError) else str(error)
+    # In a folder of its own, so that several `shrink` commands can write to one target
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
+        temporary = Path(folder, target.name)
+        try:
+            written = write_shrunk(source, temporary, short_side, key_frames)
+            with open_video(temporary) as (container, stream):
+                packets = read_packets(container, stream)
+            shown = sum(not packet.is_discard for packet in packets)
+            if shown != written:
+                raise UnreadableVideo(f"{source}: {written - shown} of {written} frames were lost")
+            temporary.replace(target)
+        except UnreadableVideo as error:
+            return str(error)
+        except av.error.FFmpegError as error:
+            return f"{source}: {error}"
 
 
 def shrink(source, target, short_side, key_frames, workers):
