@@ -25,7 +25,7 @@ Two attention masks let one pass predict all these clusters.
 Symbols in the shapes. `predict_after` is how many places at the start of the order are
 not predicted, 1 by default. The numbers are those of the default model. They agree with
 the paper except for Q: its Table 5 has 1372, which predict_after=2 would give.
-    B   videos in the batch
+    B   videos in the batch. (Each is a clip; data.py may cut several from one file.)
     N   tokens of a video                 1568 = 8 x 14 x 14
     P   pixels of a cube                   512 = 2 x 16 x 16, of C = 3 colours
     M   clusters of a video                 16 = 4 x 2 x 2
@@ -260,7 +260,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None):
-        """x [B, n, w], mask [n, n] -> [B, n, w]"""
+        """x [B, n, width], mask [n, n] -> [B, n, width]"""
         no_k_bias = torch.zeros_like(self.v_bias)
         bias = torch.cat((self.q_bias, no_k_bias, self.v_bias))
         q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=2)
@@ -375,8 +375,8 @@ class Encoder(nn.Module):
         for each.
         """
         grid = blocks_per_axis((frames, size, size), self.cube, "cube")
-        # To .data, since a fork that learns positions makes them a Parameter, and no plain tensor
-        # can be assigned to that
+        # Assigned by way of .data: in a fork that learns positions they are a Parameter, and a
+        # plain tensor cannot take its place
         self.positions.data = interpolate_positions(self.positions.data, self.grid, grid)
         self.grid = grid
 

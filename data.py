@@ -165,7 +165,7 @@ def read_folder(source):
 def read_kinetics(source, text):
     """label,youtube_id,time_start,time_end,split -> [(file stem, class name), ...]."""
     lines = text.strip().splitlines()
-    delimiter = max(",;\t", key=lines[0].count)
+    delimiter = max(",;\t", key=lines[0].count)         # the one that the header has most of
     rows = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     rows.fieldnames = [name.strip().lower() for name in rows.fieldnames]
     absent = {"label", "youtube_id", "time_start", "time_end"} - set(rows.fieldnames)
@@ -259,13 +259,13 @@ def read_class_names(path):
 
 
 def refuse_other_classes(source, names, classes):
-    """UserError if a list's labels evidently number other classes than the known `classes`.
+    """UserError if the labels of a list evidently stand for other classes than `classes`.
 
-    `names` is the content of classes.txt beside the list, or None. Without it, only the known
-    classes whose names are numbers are checked.
+    `classes` are the known names. `names` is the content of classes.txt beside the list, or
+    None. Without it, only known classes that are named by numbers can be checked.
     """
-    # A training list without classes.txt has the classes "0", "1", "2" and so on, which no names
-    # can contradict
+    # "0", "1", "2" and so on are the names of classes that had none, since there was no classes.txt
+    # beside the training list. They say nothing that could be compared.
     if classes == [str(number) for number in range(len(classes))]:
         return
     if names:
@@ -358,8 +358,8 @@ def read_annotations(source, root="", classes=None):
     existing = [path for path in candidates if path.exists()]
     if not existing:
         tried = " and ".join(map(str, dict.fromkeys(candidates)))       # each once
-        raise UserError(f"{tried}: there is no such annotation file; look at data.root, "
-                        "data.train and data.val")
+        raise UserError(f"{tried}: there is no such annotation file; look at data.root and at "
+                        "data.train, data.val or data.test (LIST and --root of `data.py check`)")
     source = existing[0]
     root = Path(root).expanduser() if root else source.parent
     # If the source is itself a folder, its videos are not looked for in root, which need not exist
@@ -426,7 +426,7 @@ def read_lists(settings):
     """(training entries, validation entries) for pretraining, which needs no labels."""
     train, _ = read_split(settings, "train")
     if not train:
-        raise UserError("data.train is empty: name a list, a CSV, a JSON or a folder of classes")
+        raise UserError("data.train is empty: name a list, a CSV, a JSON or a folder of videos")
     val, _ = read_split(settings, "val")
     return train, val
 
@@ -690,10 +690,9 @@ def decode_counted(decoder, packets, wanted, convert):
 def decode_clips(container, stream, choose, convert):
     """Decode the frames that choose(number of frames) asks for.
 
-    Returns (clips, {id: converted frame}); a clip is a list of frame ids. An id is a
-    timestamp, or a frame number if timestamps cannot be trusted or decoding by them fails.
-    In the latter case choose is called again, and so it is if there are fewer frames than
-    was thought.
+    Returns (clips, {id: converted frame}); a clip is a list of frame ids. An id is a timestamp.
+    If timestamps cannot be trusted, or decoding by them fails, it is a frame number. choose is
+    called again after such a failure, and again if there are fewer frames than was thought.
     """
     packets = read_packets(container, stream)
     decoder = stream.codec_context
@@ -1065,9 +1064,9 @@ def rand_augment(clip, operations):
     """A uint8 clip [T, 3, H, W] after these operations, the same for all its frames.
 
     The operations are those of Pillow, which timm and VideoMAE use, but warps are always
-    bilinear (VideoMAE's are bicubic). Pillow rounds intermediate results, so after one operation
-    a pixel may differ by one grey level from Pillow's with bilinear warps. Where a warp meets a
-    frame's border it may differ by more.
+    bilinear (VideoMAE's are bicubic). If one operation is compared with Pillow's, warps set to
+    bilinear, a pixel may differ by one grey level, since Pillow rounds intermediate results, and
+    by more where a warp meets the border of a frame.
     """
     clip = clip.contiguous()            # as warp needs it
     for name, level, sign in operations:
@@ -1234,8 +1233,8 @@ def training_order(size, batch, first_step, end_step, seed, rank, world_size):
     The first step is `first_step`, the last one end_step - 1.
     Every epoch is a permutation of `size` entries, the same in all processes. A step
     takes the next `batch` of it, and process `rank` every world_size-th of those. So
-    a step's samples do not depend on the number of processes. What does not fill a
-    batch is left out.
+    a step's samples do not depend on the number of processes. The entries at the end of
+    an epoch that do not fill a batch are left out.
     """
     steps_per_epoch = size // batch
     for step in range(first_step, end_step):
@@ -1280,15 +1279,16 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # Registered here and not on import: if this process is itself a fork by multiprocessing, Python
-    # 3.13 and later has dropped what its parent had registered. Killing twice does no harm.
+    # Registered at every call, not on import: if this process is itself a fork by multiprocessing,
+    # handlers from before the fork are lost in Python 3.13 and later. Several calls of this
+    # function register it several times, which does no harm.
     atexit.register(kill_workers)
-    others = multiprocessing.active_children()
+    others = multiprocessing.active_children()          # processes that are not this loader's
 
-    # A SIGTERM that is sent to all processes of a run must not kill the fork server. A process
-    # inherits what its parent blocks, so SIGTERM is blocked while the server starts. Starting
-    # Python's resource tracker would unblock it again, so that is started before the block.
-    # Under "fork" the workers inherit the block. It does no harm: they ignore SIGTERM anyway.
+    # A SIGTERM that is sent to all processes of a run must not kill the fork server. So SIGTERM is
+    # blocked here while the server starts, since a new process inherits what is blocked. Python's
+    # resource tracker must run before that: starting it would end the block.
+    # Under "fork" the workers inherit the block too, which does no harm: they ignore SIGTERM.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
@@ -1499,8 +1499,8 @@ def unreadable_reason(path):
     """None, or why the video is unreadable.
 
     A file that breaks off is readable if what comes before the break decodes. There is one
-    exception: without timestamps, a damaged frame at the break makes it unreadable. A damaged
-    frame counts even if an edit list hides it.
+    exception: without timestamps, a damaged frame at the break makes it unreadable. Damage
+    in a frame that an edit list hides may count too.
     """
     try:
         for _ in timed_frames(path):

@@ -474,11 +474,11 @@ def require_same_encoder(path, saved, settings):
 
 
 def set_pretrained_clip(path, saved, settings):
-    """Where model.pretrained_clip is [0, 0], set it to the checkpoint's. Returns lines to print.
+    """Settle model.pretrained_clip, which is [0, 0] if it was not set. Returns lines to print.
 
-    `saved` is the checkpoint's section `model`, empty if it is not ours. The clip of such a
-    checkpoint is not known: model.pretrained_clip may name it, else it is VIDEOMAE_CLIP.
-    UserError if model.pretrained_clip is set and a checkpoint of ours has another.
+    `saved` is the checkpoint's section `model`, empty if the checkpoint is not ours.
+    - ours: its clip is taken. UserError if the setting is another one.
+    - not ours: its clip is unknown. The setting is kept, or is VIDEOMAE_CLIP if it was not set.
     """
     asked = settings["pretrained_clip"]
     if not saved:
@@ -567,7 +567,10 @@ def hash_of_start(config):
 
 
 def begin(model, config, classes):
-    """Load the weights that the run begins with, unless fit will. Returns a sentence on it."""
+    """Load the weights that the run begins with. If it resumes, fit loads them instead.
+
+    Returns a sentence on where the weights come from.
+    """
     path = starting_checkpoint(config)
     if path is None:
         return "scratch"

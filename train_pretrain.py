@@ -139,8 +139,9 @@ def set_value(config, section, key, value):
 def check_ranges(config):
     """UserError for a choice that does not exist, or a number out of range.
 
-    The choices and ratios of section `model` are checked where the model is built: all of them
-    by ARVideo (see build_arvideo), and in fine-tuning the encoder's by Encoder.
+    Of section `model`, only the sign of numbers is checked here. The rest is checked where the
+    model is built: in pretraining by ARVideo (see build_arvideo), in fine-tuning by Encoder,
+    which knows the encoder's settings alone.
     """
     for section, values in config.items():
         for key, value in values.items():
@@ -286,8 +287,9 @@ def join_processes(device):
     """Join the other processes that torchrun has started."""
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the old processes. So each
-    # restart has a prefix of its own in the store. Several machines may count their restarts
-    # differently: there the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead (see README).
+    # restart has a prefix of its own in the store. That works on one machine (GROUP_WORLD_SIZE is
+    # torchrun's number of machines). Several machines may count their restarts differently: there
+    # the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead (see README).
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
@@ -434,6 +436,7 @@ def make_plan(config, stage, video_count, world_size):
                         "reach its peak")
     share = batch // world_size
     limit = min(share, config["run"]["max_batch"] or share)
+    # The largest divisor of the share within the limit, so that all micro-batches are of one size
     micro_batch = max(n for n in range(1, limit + 1) if share % n == 0)
     steps_per_epoch = video_count // batch
     return Plan(
@@ -451,9 +454,10 @@ def make_plan(config, stage, video_count, world_size):
 def micro_batch_rows(plan, rank, world_size):
     """Which rows of the global batch each micro-batch of a process holds: tensors [b].
 
-    A row is a clip, and the clips of a video follow each other. Process `rank` takes
-    every world_size-th video. For example, with 4 videos of 2 clips and 2 processes,
-    rank 0 takes videos 0 and 2, which are rows 0, 1, 4 and 5.
+    Here b is plan.micro_batch x plan.repeats. A row is a clip, and the clips of a video
+    follow each other. Process `rank` takes every world_size-th video. For example, with 4
+    videos of 2 clips and 2 processes, rank 0 takes videos 0 and 2, which are rows 0, 1, 4
+    and 5.
     """
     videos = torch.arange(rank, plan.batch, world_size)
     rows = videos[:, None] * plan.repeats + torch.arange(plan.repeats)
