@@ -485,10 +485,10 @@ class ARVideo(nn.Module):
     """The pretraining model: encoder, decoder and loss.
 
     Its arguments are section `model` of config.yaml, which explains them. The
-    paper's ablations (Tables 1 and 6 to 10) change them. `mask_ratio` is the
-    share of hidden tokens. `predict_after` is how many places at the start of
-    the order are not predicted, 1 or more. `pretrained_clip` is for fine-tuning,
-    which reads section `model` too, and stays (0, 0) here.
+    paper's ablations (Tables 1 and 6 to 10) vary some of them. `mask_ratio` is the
+    share of hidden tokens. `predict_after` is how many places at the start of the
+    order are not predicted, 1 or more. `pretrained_clip` is there because fine-tuning
+    reads section `model` too; in pretraining it stays (0, 0).
     `predict_ratio` is not in the paper: the share of each cluster's tokens that is
     predicted, drawn anew in every training step.
     Raises ValueError where sizes do not fit or a value is out of range.
@@ -681,7 +681,7 @@ def pretrained_encoder(checkpoint, model_class=ARVideo, frames=None, size=None):
     Raises RuntimeError, naming the tensors, if the weights do not fit the encoder, and
     TypeError if `model_class` lacks an argument that the trained class had.
     """
-    # Every checkpoint of train_finetune.py has classes, and none of train_pretrain.py
+    # Checkpoints of train_finetune.py have the key `classes`, those of train_pretrain.py have not
     if "config" not in checkpoint or "classes" in checkpoint:
         raise ValueError("pretrained_encoder needs a checkpoint of train_pretrain.py; for a "
                          "fine-tuned one, use finetuned_classifier of train_finetune.py")

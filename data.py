@@ -262,7 +262,8 @@ def refuse_other_classes(source, names, classes):
     """UserError if the labels of a list evidently stand for other classes than `classes`.
 
     `classes` are the known names. `names` is the content of classes.txt beside the list, or
-    None. Without it, only known classes that are named by numbers can be checked.
+    None. Without it, one thing can be noticed: a known class whose name is another number than
+    its own.
     """
     # "0", "1", "2" and so on are the names of classes that had none, since there was no classes.txt
     # beside the training list. They say nothing that could be compared.
@@ -274,8 +275,8 @@ def refuse_other_classes(source, names, classes):
                 raise UserError(f"{source}: classes.txt beside it names other classes than the "
                                 f"{len(classes)} known ones: class {number} is {name}, not {known}")
         return
-    # Class folders 0 to 10 are sorted as 0, 1, 10, 2, so folder 10 is class number 2. But in a list
-    # without classes.txt, the label 2 probably means folder 2.
+    # Class folders 0 to 10 are sorted as 0, 1, 10, 2, so class number 2 is folder 10. A list
+    # without classes.txt probably means folder 2 by the label 2. So its labels cannot be trusted.
     for number, known in enumerate(classes):
         if known.isdecimal() and int(known) != number:
             raise UserError(f"{source}: a label {number} would mean the known class '{known}'. Use "
@@ -379,6 +380,7 @@ def read_annotations(source, root="", classes=None):
             named = read_something(source, text)
             classes = classes or read_something_classes(source)
             find = files_by_stem(root).get
+        # Kinetics' header has the column youtube_id, perhaps in quotes
         elif "youtube_id" in re.split(r'\s*[,;\t"]\s*', first_line.strip()):
             named = read_kinetics(source, text)
             find = files_by_stem(root).get
@@ -600,8 +602,9 @@ def packets_needed(packets, wanted):
     run_end = {}                        # {first packet of a run: last packet of that run}
     for pts in wanted:
         end = number_of[pts]
-        # If that key frame is shown after the wanted frame, go to the key frame before it. This
-        # ends at packet 0 at the latest: it is a key frame and shown first.
+        # Begin with the last key frame in the file up to the wanted frame. While it is shown after
+        # the wanted frame, go to the key frame before it. This ends at packet 0 at the latest,
+        # which is a key frame and shown first.
         start = last_key_frame[end]
         while packets[start].pts > pts:
             start = last_key_frame[start - 1]
@@ -840,7 +843,7 @@ def dense_clips(count, frames, stride, clips=1):
 
 
 def segment_clips(count, frames, clips=1):
-    """`clips` times a random frame from each of `frames` equal segments: SSv2's fine-tuning."""
+    """For each clip, a random frame from each of `frames` equal segments: SSv2's fine-tuning."""
     positions = torch.arange(frames) + torch.rand(clips, frames)
     return (positions * count / frames).long().tolist()
 
@@ -1064,9 +1067,9 @@ def rand_augment(clip, operations):
     """A uint8 clip [T, 3, H, W] after these operations, the same for all its frames.
 
     The operations are those of Pillow, which timm and VideoMAE use, but warps are always
-    bilinear (VideoMAE's are bicubic). If one operation is compared with Pillow's, warps set to
-    bilinear, a pixel may differ by one grey level, since Pillow rounds intermediate results, and
-    by more where a warp meets the border of a frame.
+    bilinear (VideoMAE's are bicubic). Compared with Pillow's (bilinear) result of one operation,
+    a pixel may differ by one grey level, since Pillow rounds intermediate results. Where a warp
+    meets the border of a frame, it may differ by more.
     """
     clip = clip.contiguous()            # as warp needs it
     for name, level, sign in operations:
@@ -1279,16 +1282,17 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # Registered at every call, not on import: if this process is itself a fork by multiprocessing,
-    # handlers from before the fork are lost in Python 3.13 and later. Several calls of this
-    # function register it several times, which does no harm.
+    # Registered at every call, not on import: in Python 3.13 and later, a process that
+    # multiprocessing has forked loses the exit handlers from before the fork. Registering
+    # kill_workers several times does no harm.
     atexit.register(kill_workers)
     others = multiprocessing.active_children()          # processes that are not this loader's
 
     # A SIGTERM that is sent to all processes of a run must not kill the fork server. So SIGTERM is
-    # blocked here while the server starts, since a new process inherits what is blocked. Python's
-    # resource tracker must run before that: starting it would end the block.
-    # Under "fork" the workers inherit the block too, which does no harm: they ignore SIGTERM.
+    # blocked here while the server starts, since a new process inherits what is blocked. The server
+    # needs Python's resource tracker, whose start blocks SIGTERM for a moment and then unblocks it.
+    # So the tracker is started first. Workers inherit the block too, which does no harm: they
+    # ignore SIGTERM.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
@@ -1458,7 +1462,7 @@ class Jobs(Dataset):
 def collect_reasons(function, jobs, workers):
     """The reasons that function(job) returns for jobs that failed, each printed at once."""
     reasons = []
-    batches = load_batches(Jobs(function), 1, jobs, workers)
+    batches = load_batches(Jobs(function), 1, jobs, workers)        # batches [reason] of one job
     for (reason,) in tqdm(batches, total=len(jobs), unit="video"):
         if reason:
             tqdm.write(printable(reason))

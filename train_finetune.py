@@ -284,9 +284,9 @@ def evaluate(model, entries, config, machine, clips, crops):
     # Views that a process takes at once. (In training, run.max_batch counts videos.)
     view_limit = config["run"]["max_batch"] or 32
     batch_size = max(1, view_limit // (clips * crops))
-    # Entry i is in batch i // batch_size, and each process takes every world_size-th batch. Only
-    # the very last batch may be shorter, and it comes last in its process. So load_batches, which
-    # cuts `order` into pieces of batch_size, makes these same batches.
+    # Entry i is in batch i // batch_size, and each process takes every world_size-th batch.
+    # load_batches cuts `order` into pieces of batch_size. These are the same batches, since all are
+    # full but the last one of all, which is also the last in its process's `order`.
     order = [i for i in range(len(entries))
              if i // batch_size % machine.world_size == machine.rank]
     batches = data.load_batches(

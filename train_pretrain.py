@@ -139,9 +139,9 @@ def set_value(config, section, key, value):
 def check_ranges(config):
     """UserError for a choice that does not exist, or a number out of range.
 
-    Of section `model`, only the sign of numbers is checked here. The rest is checked where the
-    model is built: in pretraining by ARVideo (see build_arvideo), in fine-tuning by Encoder,
-    which knows the encoder's settings alone.
+    Of section `model`, numbers must only be 0 or greater, and finite. The rest is checked where
+    the model is built: in pretraining by ARVideo (see build_arvideo), in fine-tuning by Encoder.
+    Encoder gets the encoder's settings alone, so fine-tuning does not check the other ones.
     """
     for section, values in config.items():
         for key, value in values.items():
@@ -163,13 +163,13 @@ def check_ranges(config):
 
 
 def fill_in_names(config, presets, stage, init_is_given):
-    """Choose finetune.init, and run.output where it is empty, by the names of the presets.
+    """Fill in run.output if it is empty, and settle finetune.init.
 
     `presets` is [(name, sections), ...]. finetune.init is the first of these that applies:
-    1. what the command line says
-    2. with test_only, this run's last.pt
+    1. what the command line says, unless that is empty
+    2. with test_only, last.pt of run.output, unless the command line sets finetune.init
     3. what a preset says
-    4. the last.pt of the presets' pretraining
+    4. last.pt of the pretraining with the same presets
     """
     run = config["run"]
     finetune = config["finetune"]
@@ -286,10 +286,11 @@ def choose_device(name):
 def join_processes(device):
     """Join the other processes that torchrun has started."""
     store, rank, world_size = next(dist.rendezvous("env://"))
-    # After a restart, torchrun's store still holds the addresses of the old processes. So each
-    # restart has a prefix of its own in the store. That works on one machine (GROUP_WORLD_SIZE is
-    # torchrun's number of machines). Several machines may count their restarts differently: there
-    # the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead (see README).
+    # After a restart, torchrun's store still holds the addresses of the old processes. On one
+    # machine, a prefix that counts the restarts keeps them apart. (GROUP_WORLD_SIZE is torchrun's
+    # number of machines.) Several machines may count their restarts differently, and would then
+    # not find each other. What the user sets there instead is in the README's troubleshooting,
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE.
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
@@ -787,7 +788,7 @@ class Training:
         return self.bar
 
     def stop_by_signal(self):
-        self.machine.gather(None)               # nobody leaves before the first has saved
+        self.machine.gather(None)           # a barrier: nobody leaves before the first has saved
         self.machine.stop(f"stopped by a signal after step {self.step}; the same command "
                           f"resumes from {self.path}")
 
