@@ -262,11 +262,11 @@ def refuse_other_classes(source, names, classes):
     """UserError if the labels of a list evidently stand for other classes than `classes`.
 
     `classes` are the known names. `names` is the content of classes.txt beside the list, or
-    None. Without it, one thing can be noticed: a known class whose name is another number than
-    its own.
+    None. Without it, only one thing can be noticed: a known class that is named by a number,
+    but by another one than the number it has here.
     """
-    # "0", "1", "2" and so on are the names of classes that had none, since there was no classes.txt
-    # beside the training list. They say nothing that could be compared.
+    # Names "0", "1", "2" and so on say nothing that could be compared. Classes without classes.txt
+    # beside the training list have them, and so do up to ten class folders with such names.
     if classes == [str(number) for number in range(len(classes))]:
         return
     if names:
@@ -462,6 +462,7 @@ def open_video(path):
         # An absolute path, since PyAV would take `a:b.mp4` for a protocol
         with av.open(os.path.abspath(path), **METADATA_OPTIONS) as container:
             stream = container.streams.best("video")
+            # An attached picture is the cover of an audio file
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise ValueError("it holds no video stream")
             if stream.codec_context is None:
@@ -555,8 +556,8 @@ def timestamps_identify_frames(container, stream, packets):
     # MKV have wrong timestamps.
     if "mov" not in formats and "mpegts" not in formats and decoder.name != "vp9":
         return False
-    # With other codecs a packet may hold no picture, or the first packet may be wrongly marked
-    # as a key frame
+    # Only these codecs are trusted. In others a packet may hold no picture, or the first packet may
+    # be wrongly marked as a key frame.
     if decoder.name not in ("h264", "hevc", "vp9", "libdav1d"):
         return False
     if None in times or len(set(times)) < len(times):
@@ -642,12 +643,11 @@ def decode_indexed(decoder, packets, wanted, convert):
 
 
 def decode_all(decoder, packets):
-    """Every frame, in the order of display.
+    """Every frame, in the order of display. Damaged ones too: the caller looks at is_corrupt.
 
-    If the file breaks off, the last packet may be incomplete. Then it may fail to decode,
-    or its frame is damaged. Such a frame is left out. Without timestamps, the last packet's
-    frame cannot be recognised, and is yielded even if it is damaged. Raises ValueError if
-    there is no frame to yield.
+    Only the last packet is an exception, since it is incomplete where a file breaks off: it may
+    fail to decode, and its frame is left out if damaged. Without timestamps, this frame cannot be
+    recognised, and is yielded even so. Raises ValueError if there is no frame to yield.
     """
     last = packets[-1]
     is_empty = True
@@ -693,9 +693,10 @@ def decode_counted(decoder, packets, wanted, convert):
 def decode_clips(container, stream, choose, convert):
     """Decode the frames that choose(number of frames) asks for.
 
-    Returns (clips, {id: converted frame}); a clip is a list of frame ids. An id is a timestamp.
-    If timestamps cannot be trusted, or decoding by them fails, it is a frame number. choose is
-    called again after such a failure, and again if there are fewer frames than was thought.
+    Returns (clips, {id: converted frame}); a clip is a list of frame ids. Ids are timestamps,
+    or frame numbers if timestamps cannot be trusted or decoding by them fails. choose is called
+    once for each attempt: by timestamps, by number, and by number again if the decoder gave
+    fewer frames than there are packets.
     """
     packets = read_packets(container, stream)
     decoder = stream.codec_context
@@ -943,7 +944,7 @@ def change_colours(frame, name, level, sign):
 
     `level` (0 to 1) is its strength, `sign` its direction.
     """
-    factor = max(0.1, 1 + 0.9 * level * sign)
+    factor = 1 + 0.9 * level * sign             # 0.1 to 1.9; 1 changes nothing
     if name == "autocontrast":
         return autocontrast(frame)
     if name == "equalize":
@@ -1282,22 +1283,22 @@ def kill_workers():
 
 def start_loading(loader):
     """Start a DataLoader and its workers: (iterator over batches, the worker processes)."""
-    # Registered at every call, not on import: in Python 3.13 and later, a process that
-    # multiprocessing has forked loses the exit handlers from before the fork. Registering
-    # kill_workers several times does no harm.
+    # Registered at every call, not on import: a program may start a run by multiprocessing's fork,
+    # and in Python 3.13 and later the forked process loses the exit handlers from before the
+    # fork. Registering kill_workers several times does no harm.
     atexit.register(kill_workers)
     others = multiprocessing.active_children()          # processes that are not this loader's
 
-    # A SIGTERM that is sent to all processes of a run must not kill the fork server. So SIGTERM is
-    # blocked here while the server starts, since a new process inherits what is blocked. The server
-    # needs Python's resource tracker, whose start blocks SIGTERM for a moment and then unblocks it.
-    # So the tracker is started first. Workers inherit the block too, which does no harm: they
-    # ignore SIGTERM.
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() == "forkserver":
         # The fork server imports once what workers need, and each worker begins as its copy
         multiprocessing.set_forkserver_preload(["__main__", __name__])
+        # The server needs Python's resource tracker, whose start unblocks SIGTERM. So it is started
+        # before SIGTERM is blocked.
         resource_tracker.ensure_running()
+    # A SIGTERM that is sent to all processes of a run must not kill the fork server. So it is
+    # blocked while the server starts, since a new process inherits what is blocked. Workers inherit
+    # the block too, which does no harm: they ignore SIGTERM.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         batches = iter(loader)
@@ -1316,6 +1317,7 @@ def load_batches(
     """Batches of dataset[key] for the keys in `order`, read ahead by worker processes.
 
     join([item, ...]) makes a batch. With 0 workers this process reads them itself.
+    As this is a generator, workers start when the first batch is asked for.
     `context` is how workers start, "fork" or "forkserver"; None is Python's own choice.
     Raises UserError if a worker dies.
     """

@@ -285,8 +285,8 @@ def evaluate(model, entries, config, machine, clips, crops):
     view_limit = config["run"]["max_batch"] or 32
     batch_size = max(1, view_limit // (clips * crops))
     # Entry i is in batch i // batch_size, and each process takes every world_size-th batch.
-    # load_batches cuts `order` into pieces of batch_size. These are the same batches, since all are
-    # full but the last one of all, which is also the last in its process's `order`.
+    # Only the very last batch may be short, and it stands at the end of some process's `order`. So
+    # load_batches, which cuts `order` into pieces of batch_size, makes just these batches.
     order = [i for i in range(len(entries))
              if i // batch_size % machine.world_size == machine.rank]
     batches = data.load_batches(

@@ -166,8 +166,8 @@ def fill_in_names(config, presets, stage, init_is_given):
     """Fill in run.output if it is empty, and settle finetune.init.
 
     `presets` is [(name, sections), ...]. finetune.init is the first of these that applies:
-    1. what the command line says, unless that is empty
-    2. with test_only, last.pt of run.output, unless the command line sets finetune.init
+    1. what the command line says. An empty `finetune.init=` asks for case 4.
+    2. with test_only, last.pt of run.output
     3. what a preset says
     4. last.pt of the pretraining with the same presets
     """
@@ -288,9 +288,9 @@ def join_processes(device):
     store, rank, world_size = next(dist.rendezvous("env://"))
     # After a restart, torchrun's store still holds the addresses of the old processes. On one
     # machine, a prefix that counts the restarts keeps them apart. (GROUP_WORLD_SIZE is torchrun's
-    # number of machines.) Several machines may count their restarts differently, and would then
-    # not find each other. What the user sets there instead is in the README's troubleshooting,
-    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE.
+    # number of machines.) Several machines may count their restarts differently, and with such a
+    # prefix would not find each other. For them the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE:
+    # see the README's troubleshooting.
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(restarts, store)
@@ -689,7 +689,7 @@ class Training:
                               f"the {self.plan.steps} asked for: choose another run.output")
 
     def require_same(self, checkpoint):
-        """UserError if must_match, the seed or a setting not in MAY_CHANGE is not as saved."""
+        """UserError if must_match, the seed or a setting that is not in MAY_CHANGE has changed."""
         needed = {"config", "optimizer", "step"}
         if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
             raise UserError(f"{self.path} is not a checkpoint that a run can resume from: choose "
